@@ -1,1 +1,2 @@
 //! rankgrad
+pub mod tensor;

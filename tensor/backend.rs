@@ -1,0 +1,243 @@
+//! What a device must be able to do. One trait without default bodies, so that a missing kernel is a compile error.
+//!
+//! A backend computes; it checks nothing (shapes are checked where the user calls) and knows no tape. `*_grad` is the
+//! vector-Jacobian product of the method above it: given the gradient of the output, it returns that of the inputs.
+//! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
+
+use super::{Scalar, Shape, Tensor};
+
+/// A device and an element type, e.g. [`Cpu<f32>`](super::Cpu).
+pub trait Backend: Clone + Send + Sync + 'static {
+    /// Element type as the host sees it.
+    type Elem: Scalar;
+    /// A contiguous run of elements on the device.
+    type Buffer: Clone + Send + Sync;
+
+    /// Moves host values to the device.
+    fn upload(&self, host: Vec<Self::Elem>) -> Self::Buffer;
+    /// Copies a buffer to the host.
+    fn download(&self, buffer: &Self::Buffer) -> Vec<Self::Elem>;
+    /// A buffer of unspecified contents, for kernels that overwrite all of it.
+    fn scratch(&self, len: usize) -> Self::Buffer;
+    /// `len` copies of `value`.
+    fn filled(&self, len: usize, value: f64) -> Self::Buffer;
+
+    /// `c[i] ←` or `+= a[i] · b[i]` for a batch of independent products of one shape. Not the whole batch need be contiguous.
+    fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum);
+    /// `y ← alpha·x + beta·y`; `y` is not read if `beta` = 0.
+    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>);
+    /// Σ x.
+    fn sum(x: &Tensor<Self>) -> f64;
+    /// √Σx², scaled so that it neither overflows nor underflows.
+    fn norm(x: &Tensor<Self>) -> f64;
+
+    /// `y = f(x)` per element.
+    fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self>;
+    /// `f'(x)·dy` per element.
+    fn unary_grad(f: Unary, x: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
+    /// `f(a, b)` per element.
+    fn binary(f: Binary, a: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
+    /// Adds the row `b` [d] to each row of `x` [n, d].
+    fn add_row(x: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
+    /// Sum of the rows of `x` [n, d] → [d].
+    fn sum_rows(x: &Tensor<Self>) -> Tensor<Self>;
+    /// Copies `width` columns of `x`, from `x_start`, over those of `y` from `y_start`; both have n rows.
+    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize);
+
+    /// Softmax of each row.
+    fn softmax(x: &Tensor<Self>) -> Tensor<Self>;
+    fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
+    /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms [n].
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2];
+    /// (dx, dg).
+    fn rms_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        inv_rms: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 2];
+    /// `y = g ∘ (x − mean)/std + b` per row, std = √(var + eps); also returns mean and 1/std side by side [n, 2].
+    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2];
+    /// (dx, dg, db).
+    fn layer_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        stats: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 3];
+    /// `silu(gate) ∘ up`, silu(x) = x / (1 + e⁻ˣ).
+    fn swiglu(gate: &Tensor<Self>, up: &Tensor<Self>) -> Tensor<Self>;
+    /// (dgate, dup).
+    fn swiglu_grad(gate: &Tensor<Self>, up: &Tensor<Self>, dy: &Tensor<Self>) -> [Tensor<Self>; 2];
+
+    /// Row `ids[i]` of `table` [v, d] for each i → [ids, d].
+    fn embedding(table: &Tensor<Self>, ids: &[u32]) -> Tensor<Self>;
+    /// The gradient of a table of `shape`: row `ids[i]` receives `dy[i]`.
+    fn embedding_grad(shape: Shape, ids: &[u32], dy: &Tensor<Self>) -> Tensor<Self>;
+    /// Rotates the pairs (i, i + h/2) of each head of size h by the angle whose cosine and sine stand at columns i and
+    /// i + h/2 of row `offset + (row mod len)` of `table` [positions, h]. `inverse` turns the other way: that is the gradient.
+    fn rope(x: &Tensor<Self>, table: &Tensor<Self>, len: usize, offset: usize, inverse: bool)
+    -> Tensor<Self>;
+    /// Softmax attention; returns the output [like q] and the log-sum-exp of each query's scores [batch, heads, q_len].
+    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2];
+    /// (dq, dk, dv), from the output `o` and the log-sum-exp; the probabilities are recomputed.
+    fn attention_grad(
+        qkv: [&Tensor<Self>; 3],
+        o: &Tensor<Self>,
+        lse: &Tensor<Self>,
+        dout: &Tensor<Self>,
+        how: Attention,
+    ) -> [Tensor<Self>; 3];
+    /// Mean over the rows of −log softmax(logits)[target] [1], and its gradient with respect to the logits [n, v].
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2];
+
+    /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.
+    fn adamw(
+        w: &mut Tensor<Self>,
+        g: &Tensor<Self>,
+        m: &mut Tensor<Self>,
+        v: &mut Tensor<Self>,
+        step: AdamWStep,
+    );
+}
+
+/// Whether a product replaces its destination or is added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accum {
+    Replace,
+    Add,
+}
+
+/// A matrix operand of a product: a tensor and whether it is read transposed.
+pub struct Mat<'a, B: Backend> {
+    pub tensor: &'a Tensor<B>,
+    pub transposed: bool,
+}
+
+// derived, these would ask for B: Copy
+impl<B: Backend> Clone for Mat<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Mat<'_, B> {}
+
+impl<'a, B: Backend> From<&'a Tensor<B>> for Mat<'a, B> {
+    fn from(tensor: &'a Tensor<B>) -> Self {
+        Self { tensor, transposed: false }
+    }
+}
+
+impl<'a, B: Backend> Mat<'a, B> {
+    /// Rows and columns as the product sees them. A tensor of rank 3 or 4 counts as its rows × its last axis.
+    pub fn sizes(&self) -> (usize, usize) {
+        let (m, n) = (self.tensor.rows(), self.tensor.cols());
+        if self.transposed { (n, m) } else { (m, n) }
+    }
+
+    /// The product `self · other`, a new matrix.
+    ///
+    /// # Panics
+    /// If the inner sizes differ.
+    #[track_caller]
+    pub fn matmul(self, other: impl Into<Mat<'a, B>>) -> Tensor<B> {
+        let other = other.into();
+        let (m, n) = product_shape("matmul", self, other);
+        let device = self.tensor.device();
+        let mut c = Tensor::scratch(device, [m, n]); // [m, n]
+        B::gemm(&[self], &[other], &mut [&mut c], Accum::Replace);
+        c
+    }
+}
+
+/// The shape of a · b; panics at the caller's line, with both shapes, if the inner sizes differ.
+#[track_caller]
+pub(crate) fn product_shape<B: Backend>(op: &str, a: Mat<B>, b: Mat<B>) -> (usize, usize) {
+    let ((m, k), (k2, n)) = (a.sizes(), b.sizes());
+    assert!(k == k2, "{op}: {a} · {b}: inner sizes {k} and {k2} differ");
+    (m, n)
+}
+
+impl<B: Backend> std::fmt::Display for Mat<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mark = if self.transposed { "ᵀ" } else { "" };
+        write!(f, "{}{mark}", self.tensor.shape())
+    }
+}
+
+/// Functions of one element. Value and slope stand together in [`Unary::value`] and [`Unary::slope`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unary {
+    Exp,
+    Log,
+    Tanh,
+    Relu,
+    Silu,
+}
+
+impl Unary {
+    /// f(x).
+    #[inline(always)]
+    pub fn value<T: Scalar>(self, x: T) -> T {
+        let one = T::one();
+        match self {
+            Self::Exp => x.fast_exp(),
+            Self::Log => x.ln(),
+            Self::Tanh => x.tanh(),
+            Self::Relu => x.max(T::zero()),
+            Self::Silu => x / (one + (-x).fast_exp()),
+        }
+    }
+
+    /// f'(x); at the kink of relu, 0.
+    #[inline(always)]
+    pub fn slope<T: Scalar>(self, x: T) -> T {
+        let one = T::one();
+        match self {
+            Self::Exp => x.fast_exp(),
+            Self::Log => one / x,
+            Self::Tanh => one - x.tanh() * x.tanh(),
+            Self::Relu if x > T::zero() => one,
+            Self::Relu => T::zero(),
+            Self::Silu => {
+                let s = one / (one + (-x).fast_exp());
+                s * (one + x * (one - s))
+            }
+        }
+    }
+}
+
+/// Functions of two elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binary {
+    Add,
+    Sub,
+    Mul,
+}
+
+/// How queries, keys and values are laid out: q [batch·q_len, heads·h], k and v [batch·k_len, kv_heads·h].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Sequences in the batch; every sequence has the same length.
+    pub batch: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head j reads head j / (heads / kv_heads).
+    pub kv_heads: usize,
+    /// A query sees no key after its own position; with k_len > q_len the queries are the last positions.
+    pub causal: bool,
+}
+
+/// The numbers of one AdamW update (Loshchilov & Hutter 2019, Algorithm 2).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// λ: w ← w·(1 − lr·λ) before the update.
+    pub decay: f64,
+    /// 1 − beta1ᵗ and 1 − beta2ᵗ.
+    pub bias1: f64,
+    pub bias2: f64,
+}

@@ -1,0 +1,103 @@
+//! Batches of matrix products through matrixmultiply, cut into one piece per thread.
+//!
+//! Each element of C is one sum over k in a fixed order, whichever rows or columns of C a call computes, and with beta 0 or 1
+//! the last step rounds once; so the cut cannot change a result. tests/threads.rs holds that to the bit.
+//! Letters: C (m×n) = A (m×k) · B (k×n).
+
+use super::{Accum, Cpu, Mat, Scalar, Tensor};
+use rayon::prelude::*;
+
+/// Below this many multiply-adds a second thread costs more than it brings (it takes about 5 µs to wake).
+const WORTH_SHARING: usize = 1 << 18;
+
+/// A matrix in memory: first element, row stride, column stride.
+#[derive(Clone, Copy)]
+struct Raw<P> {
+    first: P,
+    row: isize,
+    col: isize,
+}
+
+/// One product, or the piece of one, ready to run.
+struct Task<T> {
+    sizes: [usize; 3],
+    a: Raw<*const T>,
+    b: Raw<*const T>,
+    c: Raw<*mut T>,
+}
+// SAFETY: `gemm` makes tasks that write disjoint parts of C and only read A and B, which outlive them
+unsafe impl<T: Send> Send for Task<T> {}
+unsafe impl<T: Sync> Sync for Task<T> {}
+
+impl<T: Scalar> Task<T> {
+    fn run(&self, beta: T) {
+        let Self { sizes, a, b, c } = *self;
+        // SAFETY: `gemm` derived pointers, sizes and strides from live tensors of matching shapes
+        unsafe {
+            T::gemm(sizes, (a.first, a.row, a.col), (b.first, b.row, b.col), beta, (c.first, c.row, c.col));
+        }
+    }
+}
+
+fn raw<T: Scalar>(mat: &Mat<Cpu<T>>) -> Raw<*const T> {
+    let first = mat.tensor.buffer().as_ptr();
+    let stride = mat.tensor.cols() as isize;
+    let (row, col) = if mat.transposed { (1, stride) } else { (stride, 1) };
+    Raw { first, row, col }
+}
+
+pub(super) fn gemm<T: Scalar>(
+    a: &[Mat<Cpu<T>>],
+    b: &[Mat<Cpu<T>>],
+    c: &mut [&mut Tensor<Cpu<T>>],
+    accum: Accum,
+) {
+    assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
+    let beta = if accum == Accum::Add { T::one() } else { T::zero() };
+    let Some(first) = a.first() else { return };
+    let ((m, k), n) = (first.sizes(), b[0].sizes().1);
+    if m * n == 0 {
+        return;
+    }
+    let threads = rayon::current_num_threads();
+    let shared = threads > 1 && c.len() * m * k * n >= WORTH_SHARING;
+    let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
+
+    let mut tasks = Vec::with_capacity(c.len() * pieces);
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        assert!(
+            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
+            "gemm: {} · {} → {}: every product of a batch has one shape",
+            a,
+            b,
+            c.shape()
+        );
+        let (a, b) = (raw(a), raw(b));
+        let c = Raw { first: c.buffer_mut().as_mut_ptr(), row: n as isize, col: 1 };
+        // the longer side of C is cut, in multiples of the microkernel's 16
+        let by_rows = m >= n;
+        let long = if by_rows { m } else { n };
+        let step = long.div_ceil(pieces).next_multiple_of(16);
+        for start in (0..long).step_by(step) {
+            let size = step.min(long - start);
+            let at = start as isize;
+            // SAFETY: start < m (or n), so the moved pointers stay inside their matrices
+            tasks.push(unsafe {
+                if by_rows {
+                    let a = Raw { first: a.first.offset(at * a.row), ..a };
+                    let c = Raw { first: c.first.offset(at * c.row), ..c };
+                    Task { sizes: [size, k, n], a, b, c }
+                } else {
+                    let b = Raw { first: b.first.offset(at * b.col), ..b };
+                    let c = Raw { first: c.first.offset(at * c.col), ..c };
+                    Task { sizes: [m, k, size], a, b, c }
+                }
+            });
+        }
+    }
+    if shared {
+        tasks.par_iter().for_each(|task| task.run(beta));
+    } else {
+        tasks.iter().for_each(|task| task.run(beta));
+    }
+}

@@ -1,0 +1,271 @@
+//! The CPU backend: matrixmultiply for products, one-pass row kernels for the rest, rayon over rows.
+//!
+//! Results do not depend on the number of threads: work is split at places that depend on shapes alone, or where the split
+//! cannot change a rounding (see gemm.rs), and partial sums are added in a fixed order.
+
+mod attention;
+mod buffer;
+mod gemm;
+mod ndarray;
+mod rows;
+
+pub use buffer::{Buffer, Pool};
+
+use super::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Scalar, Shape, Tensor, Unary};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+
+/// The processor, computing in `T` (f32 or f64).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu<T>(PhantomData<T>);
+
+/// Elements per task: long enough to hide a task's cost (about 1 µs), short enough to share out.
+const GRAIN: usize = 16 * 1024;
+
+/// Rows of width `d` per task.
+fn rows_per_task(d: usize) -> usize {
+    (GRAIN / d.max(1)).max(1)
+}
+
+/// Runs `f` compiled for the best instruction set of this processor.
+#[inline(always)]
+fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// A tensor like `x` filled by `f(chunk of x, chunk of y)`, in parallel.
+fn map<T: Scalar>(x: &Tensor<Cpu<T>>, f: impl Fn(&[T], &mut [T]) + Sync) -> Tensor<Cpu<T>> {
+    let mut y = Tensor::scratch(x.device(), x.shape()); // like x
+    let out = y.buffer_mut().par_chunks_mut(GRAIN);
+    out.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| simd(|| f(x, y)));
+    y
+}
+
+/// As [`map`], from two tensors of one shape.
+fn map2<T: Scalar>(a: &Tensor<Cpu<T>>, b: &Tensor<Cpu<T>>, f: impl Fn(T, T) -> T + Sync) -> Tensor<Cpu<T>> {
+    let mut y = Tensor::scratch(a.device(), a.shape()); // like a
+    let inputs = a.buffer().par_chunks(GRAIN).zip(b.buffer().par_chunks(GRAIN));
+    y.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(y, (a, b))| {
+        simd(|| {
+            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                *y = f(a, b);
+            }
+        })
+    });
+    y
+}
+
+/// Σ f(x) in f64: chunks of fixed length, added in order.
+fn reduce<T: Scalar>(x: &[T], f: impl Fn(f64) -> f64 + Sync) -> f64 {
+    let sums: Vec<f64> = x.par_chunks(GRAIN).map(|x| simd(|| rows::sum(x, |x| f(x.f64())))).collect();
+    sums.iter().sum()
+}
+
+impl<T: Scalar> Backend for Cpu<T> {
+    type Elem = T;
+    type Buffer = Buffer<T>;
+
+    fn upload(&self, host: Vec<T>) -> Buffer<T> {
+        host.into()
+    }
+    fn download(&self, buffer: &Buffer<T>) -> Vec<T> {
+        buffer.to_vec()
+    }
+    fn scratch(&self, len: usize) -> Buffer<T> {
+        Buffer::scratch(len)
+    }
+    fn filled(&self, len: usize, value: f64) -> Buffer<T> {
+        let mut buffer = Buffer::scratch(len);
+        buffer.fill(T::of(value));
+        buffer
+    }
+
+    fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
+        gemm::gemm(a, b, c, accum);
+    }
+
+    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
+        let (alpha, beta) = (T::of(alpha), T::of(beta));
+        let y = y.buffer_mut().par_chunks_mut(GRAIN);
+        y.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| {
+            simd(|| {
+                let pairs = y.iter_mut().zip(x);
+                if beta == T::zero() {
+                    pairs.for_each(|(y, &x)| *y = alpha * x);
+                } else {
+                    pairs.for_each(|(y, &x)| *y = alpha * x + beta * *y);
+                }
+            })
+        });
+    }
+
+    fn sum(x: &Tensor<Self>) -> f64 {
+        reduce(x.buffer(), |x| x)
+    }
+
+    fn norm(x: &Tensor<Self>) -> f64 {
+        let x = x.buffer();
+        let squares = reduce(x, |x| x * x);
+        // f64 squares of f32 values are always in range; those of f64 values may not be
+        if (1e-200..1e200).contains(&squares) || squares.is_nan() {
+            return squares.sqrt();
+        }
+        let max = x.iter().fold(0.0, |max: f64, x| max.max(x.f64().abs()));
+        if max == 0.0 || max.is_infinite() {
+            return max;
+        }
+        max * reduce(x, |x| (x / max) * (x / max)).sqrt()
+    }
+
+    fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {
+        // a closure for each function, so that the choice is made once and the loop vectorises
+        macro_rules! each {
+            ($($f:ident),*) => {
+                match f {
+                    $(Unary::$f => map(x, |x, y| {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = Unary::$f.value(x);
+                        }
+                    }),)*
+                }
+            };
+        }
+        each!(Exp, Log, Tanh, Relu, Silu)
+    }
+    fn unary_grad(f: Unary, x: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
+        macro_rules! each {
+            ($($f:ident),*) => {
+                match f {
+                    $(Unary::$f => map2(x, dy, |x, dy| Unary::$f.slope(x) * dy),)*
+                }
+            };
+        }
+        each!(Exp, Log, Tanh, Relu, Silu)
+    }
+
+    fn binary(f: Binary, a: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        match f {
+            Binary::Add => map2(a, b, |a, b| a + b),
+            Binary::Sub => map2(a, b, |a, b| a - b),
+            Binary::Mul => map2(a, b, |a, b| a * b),
+        }
+    }
+
+    fn add_row(x: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        let (d, b) = (x.cols(), b.buffer());
+        rows::each(x.buffer(), y.buffer_mut(), d, |x, y| {
+            for ((y, &x), &b) in y.iter_mut().zip(x).zip(b.iter()) {
+                *y = x + b;
+            }
+        });
+        y
+    }
+    fn sum_rows(x: &Tensor<Self>) -> Tensor<Self> {
+        let d = x.cols();
+        let sum = rows::sum_over_rows(x.rows(), d, |row, total| {
+            let x = &x.buffer()[row * d..][..d];
+            for (t, &x) in total.iter_mut().zip(x) {
+                *t += x;
+            }
+        });
+        Tensor::from_vec(x.device(), [d], sum) // [d]
+    }
+
+    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize) {
+        let (dx, dy) = (x.cols(), y.cols());
+        let rows = y.buffer_mut().chunks_exact_mut(dy).zip(x.buffer().chunks_exact(dx));
+        for (y, x) in rows {
+            y[y_start..][..width].copy_from_slice(&x[x_start..][..width]);
+        }
+    }
+
+    fn softmax(x: &Tensor<Self>) -> Tensor<Self> {
+        rows::softmax(x)
+    }
+    fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
+        rows::softmax_grad(y, dy)
+    }
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+        rows::rms_norm(x, g, eps)
+    }
+    fn rms_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        inv_rms: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 2] {
+        rows::rms_norm_grad(x, g, inv_rms, dy)
+    }
+    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+        rows::layer_norm(x, g, b, eps)
+    }
+    fn layer_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        stats: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 3] {
+        rows::layer_norm_grad(x, g, stats, dy)
+    }
+    fn swiglu(gate: &Tensor<Self>, up: &Tensor<Self>) -> Tensor<Self> {
+        rows::swiglu(gate, up)
+    }
+    fn swiglu_grad(gate: &Tensor<Self>, up: &Tensor<Self>, dy: &Tensor<Self>) -> [Tensor<Self>; 2] {
+        rows::swiglu_grad(gate, up, dy)
+    }
+    fn embedding(table: &Tensor<Self>, ids: &[u32]) -> Tensor<Self> {
+        rows::embedding(table, ids)
+    }
+    fn embedding_grad(shape: Shape, ids: &[u32], dy: &Tensor<Self>) -> Tensor<Self> {
+        rows::embedding_grad(shape, ids, dy)
+    }
+    fn rope(
+        x: &Tensor<Self>,
+        table: &Tensor<Self>,
+        len: usize,
+        offset: usize,
+        inverse: bool,
+    ) -> Tensor<Self> {
+        rows::rope(x, table, len, offset, inverse)
+    }
+    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2] {
+        attention::attention(q, k, v, how)
+    }
+    fn attention_grad(
+        qkv: [&Tensor<Self>; 3],
+        o: &Tensor<Self>,
+        lse: &Tensor<Self>,
+        dout: &Tensor<Self>,
+        how: Attention,
+    ) -> [Tensor<Self>; 3] {
+        attention::attention_grad(qkv, o, lse, dout, how)
+    }
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2] {
+        rows::cross_entropy(logits, targets)
+    }
+
+    fn adamw(
+        w: &mut Tensor<Self>,
+        g: &Tensor<Self>,
+        m: &mut Tensor<Self>,
+        v: &mut Tensor<Self>,
+        s: AdamWStep,
+    ) {
+        let (keep, lr, eps) = (T::of(1.0 - s.lr * s.decay), T::of(s.lr / s.bias1), T::of(s.eps));
+        let (b1, b2) = (T::of(s.beta1), T::of(s.beta2));
+        let (c1, c2) = (T::of(1.0 - s.beta1), T::of(1.0 - s.beta2));
+        let inv_bias2 = T::of(1.0 / s.bias2);
+        let moments = m.buffer_mut().par_chunks_mut(GRAIN).zip(v.buffer_mut().par_chunks_mut(GRAIN));
+        let inputs = g.buffer().par_chunks(GRAIN).zip(moments);
+        w.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(w, (g, (m, v)))| {
+            simd(|| {
+                for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+                    *m = b1 * *m + c1 * g;
+                    *v = b2 * *v + c2 * g * g;
+                    *w = keep * *w - lr * *m / ((*v * inv_bias2).sqrt() + eps);
+                }
+            })
+        });
+    }
+}

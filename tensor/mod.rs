@@ -1,0 +1,229 @@
+//! Dense tensors: a shape, a device and a shared, contiguous, row-major buffer.
+//!
+//! There are no strides and no general broadcasting. A transpose is a flag of the matrix product ([`Tensor::t`]), heads are
+//! split by index arithmetic inside attention, and every other op reads a tensor as rows of its last axis. A tensor is
+//! cheap to clone; writing to a shared one copies it first. Derivatives live in [`crate::autograd`], not here.
+
+mod backend;
+mod cpu;
+mod scalar;
+mod shape;
+
+pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
+pub use cpu::Cpu;
+pub use scalar::Scalar;
+pub use shape::Shape;
+
+use std::{fmt, sync::Arc};
+
+/// An n-dimensional array of `B::Elem` on the device `B` (rank 0 to 4, row-major).
+pub struct Tensor<B: Backend> {
+    device: B,
+    shape: Shape,
+    buffer: Arc<B::Buffer>,
+}
+
+impl<B: Backend> Clone for Tensor<B> {
+    /// Shares the buffer; the first write to either copies it.
+    fn clone(&self) -> Self {
+        Self { device: self.device.clone(), shape: self.shape, buffer: self.buffer.clone() }
+    }
+}
+
+impl<B: Backend> Tensor<B> {
+    /// A tensor of `shape` from row-major `values`.
+    ///
+    /// # Panics
+    /// If the number of values is not the product of the shape.
+    #[track_caller]
+    pub fn from_vec(device: &B, shape: impl Into<Shape>, values: Vec<B::Elem>) -> Self {
+        let shape = shape.into();
+        let n = values.len();
+        assert!(n == shape.len(), "from_vec: {n} values for {shape}, which holds {}", shape.len());
+        Self::from_buffer(device, shape, device.upload(values))
+    }
+
+    /// A tensor of `shape` whose row-major element `i` is `f(i)`.
+    pub fn from_fn(device: &B, shape: impl Into<Shape>, f: impl FnMut(usize) -> B::Elem) -> Self {
+        let shape = shape.into();
+        Self::from_vec(device, shape, (0..shape.len()).map(f).collect())
+    }
+
+    /// A tensor of `shape` filled with `value`.
+    pub fn full(device: &B, shape: impl Into<Shape>, value: f64) -> Self {
+        let shape = shape.into();
+        Self::from_buffer(device, shape, device.filled(shape.len(), value))
+    }
+
+    /// A tensor of zeros.
+    pub fn zeros(device: &B, shape: impl Into<Shape>) -> Self {
+        Self::full(device, shape, 0.0)
+    }
+
+    /// A tensor whose elements are unspecified, to be overwritten whole.
+    pub fn scratch(device: &B, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Self::from_buffer(device, shape, device.scratch(shape.len()))
+    }
+
+    /// Zeros with the shape and device of `self`.
+    pub fn zeros_like(&self) -> Self {
+        Self::zeros(&self.device, self.shape)
+    }
+
+    /// Wraps a backend's own buffer, whose length must be that of `shape`.
+    pub fn from_buffer(device: &B, shape: impl Into<Shape>, buffer: B::Buffer) -> Self {
+        Self { device: device.clone(), shape: shape.into(), buffer: Arc::new(buffer) }
+    }
+
+    /// The device the tensor lives on.
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
+    /// Sizes of the axes.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)] // a tensor has at least one element unless an axis is zero
+    pub fn len(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Product of all axes but the last (1 for rank 0 and 1).
+    pub fn rows(&self) -> usize {
+        self.shape.rows()
+    }
+
+    /// Size of the last axis (1 for rank 0).
+    pub fn cols(&self) -> usize {
+        self.shape.cols()
+    }
+
+    /// The backend's buffer (row-major).
+    pub fn buffer(&self) -> &B::Buffer {
+        &self.buffer
+    }
+
+    /// The backend's buffer for writing; copied first if another tensor shares it.
+    pub fn buffer_mut(&mut self) -> &mut B::Buffer {
+        Arc::make_mut(&mut self.buffer)
+    }
+
+    /// The elements on the host, row-major.
+    pub fn to_vec(&self) -> Vec<B::Elem> {
+        self.device.download(&self.buffer)
+    }
+
+    /// The elements on the host as f64, row-major.
+    pub fn to_f64(&self) -> Vec<f64> {
+        self.to_vec().into_iter().map(Scalar::f64).collect()
+    }
+
+    /// The only element, as f64.
+    ///
+    /// # Panics
+    /// If there is not exactly one.
+    #[track_caller]
+    pub fn item(&self) -> f64 {
+        assert!(self.len() == 1, "item: {} has {} elements", self.shape, self.len());
+        self.to_vec()[0].f64()
+    }
+
+    /// The same elements under another shape, without a copy.
+    ///
+    /// # Panics
+    /// If the number of elements differs.
+    #[track_caller]
+    pub fn reshape(&self, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        assert!(
+            shape.len() == self.len(),
+            "reshape: {} holds {} elements, {shape} holds {}",
+            self.shape,
+            self.len(),
+            shape.len()
+        );
+        Self { shape, ..self.clone() }
+    }
+
+    /// This matrix, transposed, as an operand of a product: a flag, not a copy.
+    pub fn t(&self) -> Mat<'_, B> {
+        Mat { tensor: self, transposed: true }
+    }
+
+    /// The matrix product `self · other`, [m, k] · [k, n] → [m, n]; either side may be transposed with [`Tensor::t`].
+    ///
+    /// # Panics
+    /// If an operand is not a matrix or the inner sizes differ.
+    #[track_caller]
+    pub fn matmul<'a>(&'a self, other: impl Into<Mat<'a, B>>) -> Self {
+        Mat::from(self).matmul(other)
+    }
+
+    /// `alpha · self`.
+    pub fn scale(&self, alpha: f64) -> Self {
+        let mut y = Self::scratch(&self.device, self.shape);
+        B::axpby(alpha, self, 0.0, &mut y);
+        y
+    }
+
+    /// `self ← alpha · x + beta · self`; with `beta` = 0 the old values are not read.
+    ///
+    /// # Panics
+    /// If the shapes differ.
+    #[track_caller]
+    pub fn axpby(&mut self, alpha: f64, x: &Self, beta: f64) {
+        same_shape("axpby", x, self);
+        B::axpby(alpha, x, beta, self);
+    }
+
+    /// Elementwise sum.
+    #[track_caller]
+    pub fn add(&self, other: &Self) -> Self {
+        same_shape("add", self, other);
+        B::binary(Binary::Add, self, other)
+    }
+
+    /// Elementwise difference.
+    #[track_caller]
+    pub fn sub(&self, other: &Self) -> Self {
+        same_shape("sub", self, other);
+        B::binary(Binary::Sub, self, other)
+    }
+
+    /// The Frobenius norm √Σx², without overflow or underflow on the way; NaN if an element is NaN.
+    pub fn norm(&self) -> f64 {
+        B::norm(self)
+    }
+
+    /// Whether every element is finite.
+    pub fn is_finite(&self) -> bool {
+        let norm = self.norm();
+        // a sum of squares can overflow while every element is finite: only then look at each
+        norm.is_finite() || self.to_vec().iter().all(|x| x.f64().is_finite())
+    }
+}
+
+impl<B: Backend> fmt::Debug for Tensor<B> {
+    /// Shape and the first eight elements.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let v = self.to_vec();
+        let more = if v.len() > 8 { ", …" } else { "" };
+        write!(f, "Tensor{} [", self.shape)?;
+        for (i, x) in v.iter().take(8).enumerate() {
+            let comma = if i > 0 { ", " } else { "" };
+            write!(f, "{comma}{x}")?;
+        }
+        write!(f, "{more}]")
+    }
+}
+
+/// Panics with both shapes at the caller's line unless they are equal.
+#[track_caller]
+pub(crate) fn same_shape<B: Backend>(op: &str, a: &Tensor<B>, b: &Tensor<B>) {
+    let (a, b) = (a.shape(), b.shape());
+    assert!(a == b, "{op}: {a} and {b}: the shapes must be equal");
+}
