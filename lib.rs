@@ -1,2 +1,4 @@
 //! rankgrad
+pub mod autograd;
+pub mod lowrank;
 pub mod tensor;

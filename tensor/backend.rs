@@ -135,6 +135,11 @@ impl<'a, B: Backend> Mat<'a, B> {
         if self.transposed { (n, m) } else { (m, n) }
     }
 
+    /// This operand, transposed.
+    pub fn t(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
     /// The product `self · other`, a new matrix.
     ///
     /// # Panics

@@ -1,0 +1,81 @@
+//! Ops that move elements without changing them.
+
+use crate::autograd::Var;
+use crate::tensor::{Backend, Shape, Tensor};
+use std::ops::Range;
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// The same elements under another shape.
+    ///
+    /// # Panics
+    /// If the number of elements differs.
+    #[track_caller]
+    pub fn reshape(self, shape: impl Into<Shape>) -> Self {
+        let x = self.value();
+        let (ix, old) = (self.id(), x.shape());
+        let y = x.reshape(shape); // shape
+        self.tape().record("reshape", &[self], y, move |dy, grads| grads.add(ix, dy.reshape(old)))
+    }
+
+    /// Columns `range` of the last axis.
+    ///
+    /// # Panics
+    /// If the range is empty or reaches past the last axis.
+    #[track_caller]
+    pub fn slice(self, range: Range<usize>) -> Self {
+        let x = self.value();
+        let (shape, start, width) = (x.shape(), range.start, range.len());
+        assert!(
+            width > 0 && range.end <= x.cols(),
+            "slice: {range:?} of the last axis of {shape}, which has {} columns",
+            x.cols()
+        );
+        let mut y = Tensor::scratch(x.device(), shape.with_cols(width)); // [.., width]
+        B::copy_cols(&x, start, &mut y, 0, width);
+        let ix = self.id();
+        self.tape().record("slice", &[self], y, move |dy, grads| {
+            let mut dx = Tensor::zeros(dy.device(), shape); // like x
+            B::copy_cols(&dy, 0, &mut dx, start, width);
+            grads.add(ix, dx);
+        })
+    }
+
+    /// The same value as a constant: no gradient passes through.
+    #[track_caller]
+    pub fn detach(self) -> Self {
+        self.tape().constant(&self.value())
+    }
+}
+
+/// Joins tensors along their last axis; the other axes must agree.
+///
+/// # Panics
+/// If there are none, or the other axes differ.
+#[track_caller]
+pub fn concat<'t, B: Backend>(parts: &[Var<'t, B>]) -> Var<'t, B> {
+    let first = parts.first().expect("concat: nothing to join");
+    let values: Vec<_> = parts.iter().map(|x| x.value()).collect();
+    let shape = values[0].shape();
+    for other in values.iter().map(Tensor::shape) {
+        assert!(
+            other.with_cols(1) == shape.with_cols(1),
+            "concat: {shape} and {other} differ before the last axis"
+        );
+    }
+    let total = values.iter().map(Tensor::cols).sum();
+    let mut y = Tensor::scratch(values[0].device(), shape.with_cols(total)); // [.., total]
+    let mut pieces = Vec::new(); // (input, its shape, its first column)
+    let mut start = 0;
+    for (x, part) in values.iter().zip(parts) {
+        B::copy_cols(x, 0, &mut y, start, x.cols());
+        pieces.push((part.id(), x.shape(), start));
+        start += x.cols();
+    }
+    first.tape().record("concat", parts, y, move |dy, grads| {
+        for (ix, shape, start) in pieces {
+            let mut dx = Tensor::scratch(dy.device(), shape); // like the part
+            B::copy_cols(&dy, start, &mut dx, 0, shape.cols());
+            grads.add(ix, dx);
+        }
+    })
+}

@@ -1,0 +1,126 @@
+//! Products: matrices, a dense layer, a low-rank layer, a bias.
+//!
+//! Letters: N rows of x (its leading axes together), n inputs, m outputs, r rank; W [m, n] = A [m, r] · Bᵀ, B [n, r].
+
+use crate::autograd::Var;
+use crate::tensor::{Backend, Mat, product_shape};
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// The matrix product `self · other`: [m, k] · [k, n] → [m, n].
+    ///
+    /// # Panics
+    /// If an operand is not a matrix or the inner sizes differ.
+    #[track_caller]
+    pub fn matmul(self, other: Self) -> Self {
+        self.product(false, other, false)
+    }
+
+    /// `self · otherᵀ`: [m, k] · [n, k]ᵀ → [m, n].
+    #[track_caller]
+    pub fn matmul_nt(self, other: Self) -> Self {
+        self.product(false, other, true)
+    }
+
+    /// `selfᵀ · other`: [k, m]ᵀ · [k, n] → [m, n].
+    #[track_caller]
+    pub fn matmul_tn(self, other: Self) -> Self {
+        self.product(true, other, false)
+    }
+
+    /// `selfᵀ · otherᵀ`: [k, m]ᵀ · [n, k]ᵀ → [m, n].
+    #[track_caller]
+    pub fn matmul_tt(self, other: Self) -> Self {
+        self.product(true, other, true)
+    }
+
+    #[track_caller]
+    fn product(self, ta: bool, other: Self, tb: bool) -> Self {
+        let (a, b) = (self.value(), other.value());
+        a.shape().matrix("matmul");
+        b.shape().matrix("matmul");
+        let (left, right) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+        let y = left.matmul(right); // [m, n]
+        let (ia, ib) = (self.id(), other.id());
+        self.tape().record("matmul", &[self, other], y, move |dy, grads| {
+            // with P = A or Aᵀ and Q = B or Bᵀ, Y = P·Q: dP = dY·Qᵀ, dQ = Pᵀ·dY; a transposed operand takes the transpose
+            let (p, q) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+            if ta {
+                grads.matmul(ia, q, dy.t());
+            } else {
+                grads.matmul(ia, &dy, q.t());
+            }
+            if tb {
+                grads.matmul(ib, dy.t(), p);
+            } else {
+                grads.matmul(ib, p.t(), &dy);
+            }
+        })
+    }
+
+    /// A dense layer: x [.., n] · Wᵀ with W [m, n] → [.., m].
+    ///
+    /// # Panics
+    /// If W is not a matrix or its inputs are not the last axis of x.
+    #[track_caller]
+    pub fn linear(self, w: Self) -> Self {
+        let (x, wt) = (self.value(), w.value());
+        wt.shape().matrix("linear");
+        let (_, m) = product_shape("linear", (&x).into(), wt.t());
+        let y = x.matmul(wt.t()).reshape(x.shape().with_cols(m)); // [.., m]
+        let (ix, iw) = (self.id(), w.id());
+        self.tape().record("linear", &[self, w], y, move |dy, grads| {
+            grads.matmul(ix, &dy, &wt); // dx [.., n]
+            grads.matmul(iw, dy.t(), &x); // dW [m, n]
+        })
+    }
+
+    /// A low-rank layer: (x·B)·Aᵀ = x·Wᵀ with W = A·Bᵀ, which is never formed; x [.., n], A [m, r], B [n, r] → [.., m].
+    ///
+    /// # Panics
+    /// If the ranks of A and B differ, or the rows of B are not the last axis of x.
+    #[track_caller]
+    pub fn lowrank_linear(self, a: Self, b: Self) -> Self {
+        let (x, a_, b_) = (self.value(), a.value(), b.value());
+        let ((m, r), (_, r_b)) = (a_.shape().matrix("lowrank_linear"), b_.shape().matrix("lowrank_linear"));
+        assert!(
+            r == r_b,
+            "lowrank_linear: A {} and B {} are of different rank, {r} and {r_b}",
+            a_.shape(),
+            b_.shape()
+        );
+        product_shape("lowrank_linear", (&x).into(), (&b_).into());
+        let h = x.matmul(&b_); // [N, r]
+        let y = h.matmul(a_.t()).reshape(x.shape().with_cols(m)); // [.., m]
+        let (ix, ia, ib) = (self.id(), a.id(), b.id());
+        self.tape().record("lowrank_linear", &[self, a, b], y, move |dy, grads| {
+            let dh = Mat::from(&dy).matmul(&a_); // [N, r]
+            grads.matmul(ia, dy.t(), &h); // dA [m, r]
+            grads.matmul(ib, x.t(), &dh); // dB [n, r]
+            grads.matmul(ix, &dh, b_.t()); // dx [.., n]
+        })
+    }
+
+    /// Adds the row vector `bias` [d] to every row of x [.., d].
+    ///
+    /// # Panics
+    /// If the bias is not as long as the last axis of x.
+    #[track_caller]
+    pub fn add_bias(self, bias: Self) -> Self {
+        let (x, b) = (self.value(), bias.value());
+        assert!(
+            b.shape().dims() == [x.cols()],
+            "add_bias: {} needs a bias of shape [{}], not {}",
+            x.shape(),
+            x.cols(),
+            b.shape()
+        );
+        let y = B::add_row(&x, &b); // [.., d]
+        let (ix, ib) = (self.id(), bias.id());
+        self.tape().record("add_bias", &[self, bias], y, move |dy, grads| {
+            if grads.wants(ib) {
+                grads.add(ib, B::sum_rows(&dy)); // [d]
+            }
+            grads.add(ix, dy);
+        })
+    }
+}

@@ -1,0 +1,58 @@
+//! Ops that normalise each row (the last axis).
+//!
+//! Letters: d row length, g gain [d], b bias [d].
+
+use crate::autograd::Var;
+use crate::tensor::{Backend, Tensor};
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// eˣ / Σ eˣ over the last axis.
+    #[track_caller]
+    pub fn softmax(self) -> Self {
+        let y = B::softmax(&self.value()); // [.., d]
+        let (ix, kept) = (self.id(), y.clone());
+        self.tape().record("softmax", &[self], y, move |dy, grads| grads.add(ix, B::softmax_grad(&kept, &dy)))
+    }
+
+    /// g ∘ x / √(mean x² + eps) over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
+    ///
+    /// # Panics
+    /// If the gain is not as long as the last axis.
+    #[track_caller]
+    pub fn rms_norm(self, gain: Self, eps: f64) -> Self {
+        let (x, g) = (self.value(), gain.value());
+        row_vector("rms_norm", "gain", &x, &g);
+        let [y, inv_rms] = B::rms_norm(&x, &g, eps); // [.., d], [N]
+        let (ix, ig) = (self.id(), gain.id());
+        self.tape().record("rms_norm", &[self, gain], y, move |dy, grads| {
+            let [dx, dg] = B::rms_norm_grad(&x, &g, &inv_rms, &dy); // [.., d], [d]
+            grads.add(ix, dx);
+            grads.add(ig, dg);
+        })
+    }
+
+    /// g ∘ (x − mean) / √(variance + eps) + b over the last axis (Ba et al. 2016, arXiv 1607.06450).
+    ///
+    /// # Panics
+    /// If gain or bias are not as long as the last axis.
+    #[track_caller]
+    pub fn layer_norm(self, gain: Self, bias: Self, eps: f64) -> Self {
+        let (x, g, b) = (self.value(), gain.value(), bias.value());
+        row_vector("layer_norm", "gain", &x, &g);
+        row_vector("layer_norm", "bias", &x, &b);
+        let [y, stats] = B::layer_norm(&x, &g, &b, eps); // [.., d], [N, 2]
+        let (ix, ig, ib) = (self.id(), gain.id(), bias.id());
+        self.tape().record("layer_norm", &[self, gain, bias], y, move |dy, grads| {
+            let [dx, dg, db] = B::layer_norm_grad(&x, &g, &stats, &dy); // [.., d], [d], [d]
+            grads.add(ix, dx);
+            grads.add(ig, dg);
+            grads.add(ib, db);
+        })
+    }
+}
+
+#[track_caller]
+fn row_vector<B: Backend>(op: &str, what: &str, x: &Tensor<B>, v: &Tensor<B>) {
+    let (x, v) = (x.shape(), v.shape());
+    assert!(v.dims() == [x.cols()], "{op}: {x} needs a {what} of shape [{}], not {v}", x.cols());
+}

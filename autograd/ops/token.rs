@@ -1,0 +1,55 @@
+//! Ops that meet token ids: the embedding and the loss.
+//!
+//! Letters: N tokens, v vocabulary, d width.
+
+use crate::autograd::Var;
+use crate::tensor::Backend;
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// Row `ids[i]` of this table [v, d], for each i → [N, d].
+    ///
+    /// # Panics
+    /// If an id is not below v.
+    #[track_caller]
+    pub fn embedding(self, ids: &[u32]) -> Self {
+        let table = self.value();
+        let (v, _) = table.shape().matrix("embedding");
+        in_vocabulary("embedding", "id", ids, v);
+        let y = B::embedding(&table, ids); // [N, d]
+        let (it, shape, ids) = (self.id(), table.shape(), ids.to_vec());
+        self.tape().record("embedding", &[self], y, move |dy, grads| {
+            grads.add(it, B::embedding_grad(shape, &ids, &dy)) // [v, d]
+        })
+    }
+
+    /// The mean over N rows of logits [.., v] of −ln softmax(row)[target], in nats → [1].
+    ///
+    /// # Panics
+    /// If there is not one target per row, or one is not below v.
+    #[track_caller]
+    pub fn cross_entropy(self, targets: &[u32]) -> Self {
+        let logits = self.value();
+        assert!(
+            targets.len() == logits.rows() && !targets.is_empty(),
+            "cross_entropy: {} has {} rows, but there are {} targets",
+            logits.shape(),
+            logits.rows(),
+            targets.len()
+        );
+        in_vocabulary("cross_entropy", "target", targets, logits.cols());
+        let [loss, dlogits] = B::cross_entropy(&logits, targets); // [1], [.., v]
+        let ix = self.id();
+        self.tape().record("cross_entropy", &[self], loss, move |dy, grads| {
+            // the loss is nearly always the end of the tape, where dy = 1 and a pass over the logits is saved
+            let dy = dy.item();
+            grads.add(ix, if dy == 1.0 { dlogits } else { dlogits.scale(dy) });
+        })
+    }
+}
+
+#[track_caller]
+fn in_vocabulary(op: &str, what: &str, ids: &[u32], v: usize) {
+    if let Some((i, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= v) {
+        panic!("{op}: {what} {id} at position {i} is outside the vocabulary of {v}");
+    }
+}

@@ -1,0 +1,278 @@
+//! The tape, its variables and their gradients. No sorting, no recursion, no gradient stored on a value, nothing to reset.
+//!
+//! Letters: x, y variables; dy the gradient of the loss with respect to y.
+
+use crate::tensor::{Accum, Backend, Mat, Shape, Tensor, same_shape};
+use std::cell::RefCell;
+use std::fmt;
+use std::panic::Location;
+
+/// What an op does going backward: takes dy, adds to the gradients of its inputs.
+type Backward<B> = Box<dyn FnOnce(Tensor<B>, &mut Grads<B>)>;
+
+struct Node<B: Backend> {
+    op: &'static str,
+    /// Where the user called the op.
+    line: &'static Location<'static>,
+    value: Tensor<B>,
+    /// Whether a gradient is wanted here: it is a leaf, or depends on one.
+    wanted: bool,
+    /// None for leaves and constants.
+    backward: Option<Backward<B>>,
+}
+
+/// The ops of one forward pass, in order.
+pub struct Tape<B: Backend> {
+    device: B,
+    nodes: RefCell<Vec<Node<B>>>,
+}
+
+/// A value on a tape. `Copy`; ops are its methods.
+pub struct Var<'t, B: Backend> {
+    tape: &'t Tape<B>,
+    id: VarId,
+}
+
+impl<B: Backend> Clone for Var<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Var<'_, B> {}
+
+/// A variable's place on its tape: what a backward closure keeps of its inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VarId(usize);
+
+impl<B: Backend> Tape<B> {
+    /// An empty tape for tensors on `device`.
+    pub fn new(device: &B) -> Self {
+        Self { device: device.clone(), nodes: RefCell::default() }
+    }
+
+    /// The device of the tape's tensors.
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
+    /// An input whose gradient is wanted.
+    #[track_caller]
+    pub fn leaf(&self, value: &Tensor<B>) -> Var<'_, B> {
+        self.push("leaf", value.clone(), true, None)
+    }
+
+    /// An input whose gradient is not wanted.
+    #[track_caller]
+    pub fn constant(&self, value: &Tensor<B>) -> Var<'_, B> {
+        self.push("constant", value.clone(), false, None)
+    }
+
+    /// Appends an op: the only way to make a variable that is not an input, so that no value exists without its gradient.
+    ///
+    /// `backward` receives dy and adds the gradient of each input to [`Grads`] by the input's [`Var::id`]. It should keep
+    /// only the tensors that it needs: they live until it has run.
+    ///
+    /// # Panics
+    /// If an input is on another tape.
+    #[track_caller]
+    pub fn record(
+        &self,
+        op: &'static str,
+        inputs: &[Var<'_, B>],
+        value: Tensor<B>,
+        backward: impl FnOnce(Tensor<B>, &mut Grads<B>) + 'static,
+    ) -> Var<'_, B> {
+        for input in inputs {
+            assert!(std::ptr::eq(self, input.tape), "{op}: the inputs are on different tapes");
+        }
+        let wanted = inputs.iter().any(|x| x.is_wanted());
+        self.push(op, value, wanted, wanted.then(|| Box::new(backward) as Backward<B>))
+    }
+
+    /// Appends an op that has no derivative. A gradient that reaches it panics, rather than being dropped in silence.
+    #[track_caller]
+    pub fn record_opaque(&self, op: &'static str, inputs: &[Var<'_, B>], value: Tensor<B>) -> Var<'_, B> {
+        let line = Location::caller();
+        self.record(op, inputs, value, move |_, _| {
+            panic!(
+                "{op} at {line} has no derivative, and the loss depends on it; \
+                 call .detach() on its result if it is meant to be constant"
+            )
+        })
+    }
+
+    #[track_caller]
+    fn push(
+        &self,
+        op: &'static str,
+        value: Tensor<B>,
+        wanted: bool,
+        backward: Option<Backward<B>>,
+    ) -> Var<'_, B> {
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(Node { op, line: Location::caller(), value, wanted, backward });
+        Var { tape: self, id: VarId(nodes.len() - 1) }
+    }
+
+    /// The names of the recorded ops, in order.
+    pub fn ops(&self) -> Vec<&'static str> {
+        self.nodes.borrow().iter().map(|node| node.op).collect()
+    }
+
+    /// The first op whose value has a NaN or an infinity: the place to look when a loss is not finite.
+    pub fn first_non_finite(&self) -> Option<NonFinite> {
+        let nodes = self.nodes.borrow();
+        let node = nodes.iter().find(|node| !node.value.is_finite())?;
+        Some(NonFinite { op: node.op, line: node.line, shape: node.value.shape() })
+    }
+}
+
+/// An op that produced a NaN or an infinity.
+#[derive(Clone, Debug)]
+pub struct NonFinite {
+    pub op: &'static str,
+    /// Where it was called.
+    pub line: &'static Location<'static>,
+    pub shape: Shape,
+}
+
+impl fmt::Display for NonFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} at {}", self.op, self.shape, self.line)
+    }
+}
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// The variable's value (shared, not copied).
+    ///
+    /// # Panics
+    /// After [`Var::backward`], which frees the tape's values as it goes.
+    #[track_caller]
+    pub fn value(self) -> Tensor<B> {
+        self.node(|node| node.value.clone())
+    }
+
+    /// The shape of the value.
+    #[track_caller]
+    pub fn shape(self) -> Shape {
+        self.node(|node| node.value.shape())
+    }
+
+    /// Where gradients for this variable go.
+    pub fn id(self) -> VarId {
+        self.id
+    }
+
+    /// The tape it is on.
+    pub fn tape(self) -> &'t Tape<B> {
+        self.tape
+    }
+
+    #[track_caller]
+    fn is_wanted(self) -> bool {
+        self.node(|node| node.wanted)
+    }
+
+    #[track_caller]
+    fn node<R>(self, f: impl FnOnce(&Node<B>) -> R) -> R {
+        let nodes = self.tape.nodes.borrow();
+        let node = nodes.get(self.id.0).expect("this variable's tape was consumed by backward()");
+        f(node)
+    }
+
+    /// The gradients of this one-element variable with respect to the leaves. Consumes the tape's nodes, last first; each
+    /// op's saved tensors are freed as soon as it has run.
+    ///
+    /// # Panics
+    /// If the value has more than one element, or the tape was consumed before.
+    #[track_caller]
+    pub fn backward(self) -> Grads<B> {
+        let shape = self.shape();
+        assert!(shape.len() == 1, "backward: the loss has shape {shape}; reduce it with sum() or mean()");
+        let tape = self.tape;
+        let mut grads = {
+            let nodes = tape.nodes.borrow();
+            Grads {
+                slots: nodes.iter().map(|_| None).collect(),
+                shapes: nodes.iter().map(|node| node.value.shape()).collect(),
+                wanted: nodes.iter().map(|node| node.wanted).collect(),
+            }
+        };
+        grads.slots[self.id.0] = Some(Tensor::full(&tape.device, shape, 1.0));
+        loop {
+            // the borrow ends before `backward` runs, so that it may look at the tape
+            let mut nodes = tape.nodes.borrow_mut();
+            let Some(node) = nodes.pop() else { break };
+            let id = nodes.len();
+            drop(nodes);
+            let Some(backward) = node.backward else { continue };
+            drop(node.value);
+            if let Some(dy) = grads.slots[id].take() {
+                backward(dy, &mut grads);
+            }
+        }
+        grads
+    }
+}
+
+/// Gradients by variable. After [`Var::backward`], those of the leaves.
+pub struct Grads<B: Backend> {
+    slots: Vec<Option<Tensor<B>>>,
+    shapes: Vec<Shape>,
+    wanted: Vec<bool>,
+}
+
+impl<B: Backend> Grads<B> {
+    /// Whether `x` leads to a leaf: if not, its gradient need not be computed.
+    pub fn wants(&self, x: VarId) -> bool {
+        self.wanted[x.0]
+    }
+
+    /// Adds `dx` to the gradient of `x`.
+    ///
+    /// # Panics
+    /// If the shape is not that of `x`.
+    #[track_caller]
+    pub fn add(&mut self, x: VarId, dx: Tensor<B>) {
+        if !self.wants(x) {
+            return;
+        }
+        let shape = self.shapes[x.0];
+        assert!(dx.shape() == shape, "gradient: {} for a variable of shape {shape}", dx.shape());
+        match &mut self.slots[x.0] {
+            Some(sum) => {
+                same_shape("gradient", sum, &dx);
+                sum.axpby(1.0, &dx, 1.0);
+            }
+            empty => *empty = Some(dx),
+        }
+    }
+
+    /// Adds the product `a · b` to the gradient of `x`, accumulating inside the product.
+    #[track_caller]
+    pub fn matmul<'a>(&mut self, x: VarId, a: impl Into<Mat<'a, B>>, b: impl Into<Mat<'a, B>>) {
+        if !self.wants(x) {
+            return;
+        }
+        let (a, b) = (a.into(), b.into());
+        match &mut self.slots[x.0] {
+            Some(sum) => B::gemm(&[a], &[b], &mut [sum], Accum::Add),
+            empty => {
+                let mut sum = Tensor::scratch(a.tensor.device(), self.shapes[x.0]); // like x
+                B::gemm(&[a], &[b], &mut [&mut sum], Accum::Replace);
+                *empty = Some(sum);
+            }
+        }
+    }
+
+    /// The gradient of `x`, or None if the loss does not depend on it.
+    pub fn get(&self, x: Var<'_, B>) -> Option<&Tensor<B>> {
+        self.slots[x.id.0].as_ref()
+    }
+
+    /// Takes the gradient of `x` out; zeros if the loss does not depend on it.
+    pub fn take(&mut self, x: VarId, device: &B) -> Tensor<B> {
+        let slot = self.slots[x.0].take();
+        slot.unwrap_or_else(|| Tensor::zeros(device, self.shapes[x.0])) // like x
+    }
+}

@@ -1,0 +1,24 @@
+//! Low-rank parameters and the optimizers that move them.
+//!
+//! Reading order: pair.rs (W = A·Bᵀ as data), params.rs (a model's parameters), newton_schulz.rs and spectral.rs (two pure
+//! functions), spectron.rs (the paper's Algorithm 1, a thin loop over them). AdamW, schedules and initialisation stand beside.
+
+mod adamw;
+mod init;
+mod newton_schulz;
+mod optimizer;
+mod pair;
+mod params;
+mod schedule;
+mod spectral;
+mod spectron;
+
+pub use adamw::AdamW;
+pub use init::{PairInit, gaussian, haar, pair as init_pair, spectral_values};
+pub use newton_schulz::{NewtonSchulz, newton_schulz};
+pub use optimizer::{Optimizer, Rule, State, clip_global_norm};
+pub use pair::{Costs, FactorPair};
+pub use params::{Dense, Hidden, Pair, PairVar, ParamVars, Params, Values};
+pub use schedule::{Schedule, ScheduleKind};
+pub use spectral::{power_iteration, start_vector};
+pub use spectron::{Spectron, StepReport, update_radius};

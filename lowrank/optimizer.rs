@@ -1,0 +1,86 @@
+//! One optimizer for a whole model: each kind of parameter goes to its own rule, by type.
+
+use super::{AdamW, FactorPair, Params, Spectron, Values};
+use crate::tensor::{Backend, Tensor};
+
+/// The tensors that a rule must save to continue bit-identically, by name.
+pub type State<'a, B> = Vec<(String, &'a mut Tensor<B>)>;
+
+/// An update rule for parameters of type `P` (factor pairs or tensors). It keeps its own momenta.
+pub trait Rule<B: Backend, P>: Send {
+    /// Moves `params` against `grads` with learning rate `lr`; `t` counts the updates from 1.
+    fn step(&mut self, params: &mut [P], grads: &[P], lr: f64, t: u64);
+    /// Everything that must be saved.
+    fn state(&mut self) -> State<'_, B>;
+}
+
+/// The rules of a model, one per kind of parameter.
+pub struct Optimizer<B: Backend, R = Spectron<B>> {
+    /// For the factor pairs.
+    pub pairs: R,
+    /// For hidden matrices that are kept whole.
+    pub hidden: Box<dyn Rule<B, Tensor<B>>>,
+    /// For everything else.
+    pub dense: AdamW<B>,
+    /// Updates so far.
+    pub steps: u64,
+}
+
+impl<B: Backend> Optimizer<B, Spectron<B>> {
+    /// Spectron for the pairs and AdamW for the rest, at their default settings.
+    pub fn spectron(params: &Params<B>) -> Self {
+        Self::new(Spectron::new(&params.values.pairs), params)
+    }
+}
+
+impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
+    /// `pairs` for the factor pairs and AdamW at its default settings for the rest.
+    pub fn new(pairs: R, params: &Params<B>) -> Self {
+        Self {
+            pairs,
+            hidden: Box::new(AdamW::new(&params.values.hidden)),
+            dense: AdamW::new(&params.values.dense),
+            steps: 0,
+        }
+    }
+
+    /// One update: `lr` (η) for pairs and hidden matrices, `adam_lr` for everything else.
+    pub fn step(&mut self, params: &mut Params<B>, grads: &Values<B>, lr: f64, adam_lr: f64) {
+        self.steps += 1;
+        let Values { pairs, hidden, dense } = &mut params.values;
+        self.pairs.step(pairs, &grads.pairs, lr, self.steps);
+        self.hidden.step(hidden, &grads.hidden, lr, self.steps);
+        self.dense.step(dense, &grads.dense, adam_lr, self.steps);
+    }
+
+    /// The state of all rules, under `pairs.`, `hidden.` and `dense.`.
+    pub fn state(&mut self) -> State<'_, B> {
+        let parts = [
+            ("pairs", self.pairs.state()),
+            ("hidden", self.hidden.state()),
+            ("dense", Rule::<B, Tensor<B>>::state(&mut self.dense)),
+        ];
+        let named = parts
+            .into_iter()
+            .flat_map(|(part, state)| state.into_iter().map(move |(name, x)| (format!("{part}.{name}"), x)));
+        named.collect()
+    }
+}
+
+impl<B: Backend, P, R: Rule<B, P> + ?Sized> Rule<B, P> for Box<R> {
+    fn step(&mut self, params: &mut [P], grads: &[P], lr: f64, t: u64) {
+        (**self).step(params, grads, lr, t);
+    }
+    fn state(&mut self) -> State<'_, B> {
+        (**self).state()
+    }
+}
+
+/// Scales all gradients together so that their norm is at most `max_norm`; returns the norm before.
+pub fn clip_global_norm<B: Backend>(grads: &mut Values<B>, max_norm: f64) -> f64 {
+    let norm = grads.norm();
+    if norm > max_norm {
+        grads.scale(max_norm / norm);
+    }
+    norm
+}

@@ -1,0 +1,153 @@
+//! A matrix kept as two factors, W = A·Bᵀ, and what can be done with it as data. Training it is spectron.rs's business.
+//!
+//! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64 through nalgebra.
+
+use crate::tensor::{Backend, Scalar, Tensor};
+use nalgebra::DMatrix;
+
+/// A factor pair: the m×n matrix W = A·Bᵀ of rank at most r. Its gradient, and its momentum, are factor pairs too.
+///
+/// The factors are not unique: (A·Q, B·Q⁻ᵀ) is the same W for every invertible Q (the gauge).
+#[derive(Clone, Debug)]
+pub struct FactorPair<B: Backend> {
+    /// A [m, r].
+    pub a: Tensor<B>,
+    /// B [n, r].
+    pub b: Tensor<B>,
+}
+
+/// What a factor pair costs against the dense matrix. FLOPs count a multiply-add as two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Costs {
+    /// r·(m + n).
+    pub parameters: usize,
+    /// m·n.
+    pub dense_parameters: usize,
+    /// 2·r·(m + n): one row through (x·B)·Aᵀ.
+    pub flops_per_row: usize,
+    /// 2·m·n: one row through x·Wᵀ.
+    pub dense_flops_per_row: usize,
+    /// 2·m·n·r: forming W once.
+    pub merge_flops: usize,
+}
+
+impl<B: Backend> FactorPair<B> {
+    /// The pair of A [m, r] and B [n, r].
+    ///
+    /// # Panics
+    /// If the ranks differ.
+    #[track_caller]
+    pub fn new(a: Tensor<B>, b: Tensor<B>) -> Self {
+        let ((_, r), (_, s)) = (a.shape().matrix("FactorPair"), b.shape().matrix("FactorPair"));
+        assert!(r == s, "FactorPair: A {} and B {} are of different rank, {r} and {s}", a.shape(), b.shape());
+        Self { a, b }
+    }
+
+    /// Zeros of the same shapes.
+    pub fn zeros_like(&self) -> Self {
+        Self { a: self.a.zeros_like(), b: self.b.zeros_like() }
+    }
+
+    /// Rows of W: the layer's outputs m.
+    pub fn outputs(&self) -> usize {
+        self.a.rows()
+    }
+
+    /// Columns of W: the layer's inputs n.
+    pub fn inputs(&self) -> usize {
+        self.b.rows()
+    }
+
+    /// Columns of the factors, r: the largest rank that W can have.
+    pub fn rank(&self) -> usize {
+        self.a.cols()
+    }
+
+    /// W = A·Bᵀ [m, n].
+    pub fn to_dense(&self) -> Tensor<B> {
+        self.a.matmul(self.b.t()) // [m, n]
+    }
+
+    /// Wᵀ = B·Aᵀ, without a copy.
+    pub fn transpose(&self) -> Self {
+        Self { a: self.b.clone(), b: self.a.clone() }
+    }
+
+    /// Parameters and FLOPs, factored and dense.
+    pub fn costs(&self) -> Costs {
+        let (m, n, r) = (self.outputs(), self.inputs(), self.rank());
+        Costs {
+            parameters: r * (m + n),
+            dense_parameters: m * n,
+            flops_per_row: 2 * r * (m + n),
+            dense_flops_per_row: 2 * m * n,
+            merge_flops: 2 * m * n * r,
+        }
+    }
+
+    /// The best approximation of `w` [m, n] by rank `r` (Eckart & Young 1936), √Σ in each factor, and its error in the
+    /// Frobenius norm, √Σ dropped σ². The factors come out balanced.
+    ///
+    /// # Panics
+    /// If `w` is not a matrix or `r` is not between 1 and min(m, n).
+    #[track_caller]
+    pub fn from_dense(w: &Tensor<B>, r: usize) -> (Self, f64) {
+        let (m, n) = w.shape().matrix("from_dense");
+        assert!(
+            (1..=m.min(n)).contains(&r),
+            "from_dense: rank {r} of {} is not between 1 and {}",
+            w.shape(),
+            m.min(n)
+        );
+        let svd = to_nalgebra(w).svd(true, true);
+        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
+        let sigma = svd.singular_values;
+        let root = |j: usize| sigma[j].sqrt();
+        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * root(j));
+        let b = DMatrix::from_fn(n, r, |i, j| v_t[(j, i)] * root(j));
+        let dropped: f64 = sigma.iter().skip(r).map(|s| s * s).sum();
+        (Self::from_nalgebra(w.device(), &a, &b), dropped.sqrt())
+    }
+
+    /// The same W with AᵀA = BᵀB (= Σ), so that both factors have W's singular values' square roots.
+    ///
+    /// From A = Q_A·R_A, B = Q_B·R_B and the SVD R_A·R_Bᵀ = U·Σ·Vᵀ: A ← Q_A·U·√Σ, B ← Q_B·V·√Σ. If r > min(m, n) the
+    /// surplus columns become zero.
+    pub fn balance(&self) -> Self {
+        let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
+        let ((qa, ra), (qb, rb)) = (qr(&self.a), qr(&self.b));
+        let svd = (ra * rb.transpose()).svd(true, true);
+        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
+        let root = DMatrix::from_diagonal(&svd.singular_values.map(f64::sqrt));
+        let r = self.rank();
+        let widen = |x: DMatrix<f64>| x.resize_horizontally(r, 0.0);
+        let (a, b) = (widen(qa * u * &root), widen(qb * v_t.transpose() * root));
+        Self::from_nalgebra(self.a.device(), &a, &b)
+    }
+
+    /// ‖AᵀA − BᵀB‖_F: zero if the pair is balanced. Unlike W, it changes with the gauge.
+    pub fn gauge_imbalance(&self) -> f64 {
+        let gram = |x: &Tensor<B>| x.t().matmul(x); // [r, r]
+        gram(&self.a).sub(&gram(&self.b)).norm()
+    }
+
+    /// The singular values of W, largest first, r of them at most, from the r×r core of two QR decompositions.
+    pub fn singular_values(&self) -> Vec<f64> {
+        let r = |x: &Tensor<B>| to_nalgebra(x).qr().r();
+        let core = r(&self.a) * r(&self.b).transpose();
+        core.singular_values().iter().copied().collect()
+    }
+
+    fn from_nalgebra(device: &B, a: &DMatrix<f64>, b: &DMatrix<f64>) -> Self {
+        let tensor = |x: &DMatrix<f64>| {
+            let (rows, cols) = x.shape();
+            Tensor::from_fn(device, [rows, cols], |i| B::Elem::of(x[(i / cols, i % cols)]))
+        };
+        Self::new(tensor(a), tensor(b)) // [m, r], [n, r]
+    }
+}
+
+/// A matrix as nalgebra's, in f64.
+fn to_nalgebra<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
+    DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
+}

@@ -1,0 +1,184 @@
+//! A model's parameters in one arena. A model holds `Copy` handles; gradients and momenta have the same layout; optimizers
+//! route by type, so there are three lists and no name filters.
+
+use super::FactorPair;
+use crate::autograd::{Grads, Tape, Var};
+use crate::tensor::{Backend, Tensor};
+use std::ops::Index;
+
+/// One tensor set per kind of parameter: values, gradients or momenta.
+#[derive(Clone, Debug)]
+pub struct Values<B: Backend> {
+    /// Hidden matrices kept as factors.
+    pub pairs: Vec<FactorPair<B>>,
+    /// Hidden matrices kept whole: what a dense model has where a low-rank one has pairs.
+    pub hidden: Vec<Tensor<B>>,
+    /// Everything else: embeddings, output heads, gains, biases.
+    pub dense: Vec<Tensor<B>>,
+}
+
+impl<B: Backend> Default for Values<B> {
+    fn default() -> Self {
+        Self { pairs: Vec::new(), hidden: Vec::new(), dense: Vec::new() }
+    }
+}
+
+impl<B: Backend> Values<B> {
+    /// Every tensor: A and B of each pair, then the hidden matrices, then the rest.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor<B>> {
+        let factors = self.pairs.iter().flat_map(|p| [&p.a, &p.b]);
+        factors.chain(&self.hidden).chain(&self.dense)
+    }
+
+    /// As [`Values::tensors`], for writing.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor<B>> {
+        let factors = self.pairs.iter_mut().flat_map(|p| [&mut p.a, &mut p.b]);
+        factors.chain(&mut self.hidden).chain(&mut self.dense)
+    }
+
+    /// `self ← self + alpha·other`, for accumulating gradients over micro-batches.
+    pub fn add_scaled(&mut self, alpha: f64, other: &Self) {
+        for (x, y) in self.tensors_mut().zip(other.tensors()) {
+            x.axpby(alpha, y, 1.0);
+        }
+    }
+
+    /// `self ← alpha·self`.
+    pub fn scale(&mut self, alpha: f64) {
+        for x in self.tensors_mut() {
+            *x = x.scale(alpha);
+        }
+    }
+
+    /// The norm of all elements together.
+    pub fn norm(&self) -> f64 {
+        self.tensors().map(|x| x.norm().powi(2)).sum::<f64>().sqrt()
+    }
+
+    /// Number of elements.
+    pub fn count(&self) -> usize {
+        self.tensors().map(Tensor::len).sum()
+    }
+}
+
+/// Handle of a factor pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair(pub usize);
+/// Handle of a hidden matrix that is kept whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hidden(pub usize);
+/// Handle of any other tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dense(pub usize);
+
+/// The parameters of a model, with their names.
+#[derive(Clone, Debug)]
+pub struct Params<B: Backend> {
+    /// The parameters themselves.
+    pub values: Values<B>,
+    /// Names in the order of the lists of `values`.
+    pub pair_names: Vec<String>,
+    pub hidden_names: Vec<String>,
+    pub dense_names: Vec<String>,
+}
+
+impl<B: Backend> Default for Params<B> {
+    fn default() -> Self {
+        Self {
+            values: Values::default(),
+            pair_names: Vec::new(),
+            hidden_names: Vec::new(),
+            dense_names: Vec::new(),
+        }
+    }
+}
+
+impl<B: Backend> Params<B> {
+    /// Adds a factor pair.
+    pub fn pair(&mut self, name: impl Into<String>, pair: FactorPair<B>) -> Pair {
+        self.values.pairs.push(pair);
+        self.pair_names.push(name.into());
+        Pair(self.values.pairs.len() - 1)
+    }
+
+    /// Adds a hidden matrix that is kept whole.
+    pub fn hidden(&mut self, name: impl Into<String>, w: Tensor<B>) -> Hidden {
+        self.values.hidden.push(w);
+        self.hidden_names.push(name.into());
+        Hidden(self.values.hidden.len() - 1)
+    }
+
+    /// Adds any other tensor.
+    pub fn dense(&mut self, name: impl Into<String>, x: Tensor<B>) -> Dense {
+        self.values.dense.push(x);
+        self.dense_names.push(name.into());
+        Dense(self.values.dense.len() - 1)
+    }
+
+    /// The names of [`Values::tensors`], in its order: `NAME.A` and `NAME.B` for the factors of a pair.
+    pub fn names(&self) -> impl Iterator<Item = String> + '_ {
+        let factors = self.pair_names.iter().flat_map(|n| [format!("{n}.A"), format!("{n}.B")]);
+        factors.chain(self.hidden_names.iter().chain(&self.dense_names).cloned())
+    }
+
+    /// Number of parameters.
+    pub fn count(&self) -> usize {
+        self.values.count()
+    }
+
+    /// The parameters as leaves of a tape.
+    #[track_caller]
+    pub fn on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
+        let leaves = |list: &[Tensor<B>]| list.iter().map(|x| tape.leaf(x)).collect();
+        let pair = |p: &FactorPair<B>| PairVar { a: tape.leaf(&p.a), b: tape.leaf(&p.b) };
+        ParamVars {
+            pairs: self.values.pairs.iter().map(pair).collect(),
+            hidden: leaves(&self.values.hidden),
+            dense: leaves(&self.values.dense),
+        }
+    }
+}
+
+/// The two leaves of a factor pair.
+pub struct PairVar<'t, B: Backend> {
+    pub a: Var<'t, B>,
+    pub b: Var<'t, B>,
+}
+
+/// A model's parameters on a tape, indexed by handle: `x.linear(w[self.head])`.
+pub struct ParamVars<'t, B: Backend> {
+    pairs: Vec<PairVar<'t, B>>,
+    hidden: Vec<Var<'t, B>>,
+    dense: Vec<Var<'t, B>>,
+}
+
+impl<B: Backend> ParamVars<'_, B> {
+    /// The gradients of all parameters, in their layout; zeros for those that the loss does not reach.
+    pub fn gradients(&self, mut grads: Grads<B>) -> Values<B> {
+        let mut take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device());
+        Values {
+            pairs: self.pairs.iter().map(|p| FactorPair { a: take(&p.a), b: take(&p.b) }).collect(),
+            hidden: self.hidden.iter().map(&mut take).collect(),
+            dense: self.dense.iter().map(&mut take).collect(),
+        }
+    }
+}
+
+impl<'t, B: Backend> Index<Pair> for ParamVars<'t, B> {
+    type Output = PairVar<'t, B>;
+    fn index(&self, handle: Pair) -> &PairVar<'t, B> {
+        &self.pairs[handle.0]
+    }
+}
+impl<'t, B: Backend> Index<Hidden> for ParamVars<'t, B> {
+    type Output = Var<'t, B>;
+    fn index(&self, handle: Hidden) -> &Var<'t, B> {
+        &self.hidden[handle.0]
+    }
+}
+impl<'t, B: Backend> Index<Dense> for ParamVars<'t, B> {
+    type Output = Var<'t, B>;
+    fn index(&self, handle: Dense) -> &Var<'t, B> {
+        &self.dense[handle.0]
+    }
+}

@@ -1,0 +1,53 @@
+//! The spectral norm (largest singular value) of a matrix, estimated by power iteration.
+//!
+//! An estimate from below, always. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
+
+use crate::tensor::{Backend, Scalar, Tensor};
+
+/// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
+/// u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖; σ ≈ uᵀWv, which is ‖Wᵀu‖ as v stands. The vectors `u` are kept between calls: a matrix
+/// that moves little needs one step per call. For W·v = 0 the estimate is 0 and u stays.
+///
+/// # Panics
+/// If a u does not have as many elements as its W has rows.
+#[track_caller]
+pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> Vec<f64> {
+    let one = |(w, u): (&&Tensor<B>, &mut Tensor<B>)| {
+        let mut v = w.t().matmul(&*u); // [q, 1]
+        let mut sigma = v.norm() / u.norm();
+        for _ in 0..steps {
+            let (next, norm) = unit(&w.matmul(&unit(&v).0)); // [p, 1]
+            if norm == 0.0 {
+                return 0.0;
+            }
+            *u = next;
+            v = w.t().matmul(&*u); // [q, 1]
+            sigma = v.norm();
+        }
+        sigma
+    };
+    ws.iter().zip(us).map(one).collect()
+}
+
+/// x/‖x‖ (x itself if it is zero) and ‖x‖.
+fn unit<B: Backend>(x: &Tensor<B>) -> (Tensor<B>, f64) {
+    let norm = x.norm();
+    let scale = if norm > 0.0 { 1.0 / norm } else { 1.0 };
+    (x.scale(scale), norm)
+}
+
+/// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not
+/// orthogonal to any vector that a model would come up with.
+pub fn start_vector<B: Backend>(device: &B, p: usize) -> Tensor<B> {
+    Tensor::from_fn(device, [p, 1], |i| B::Elem::of(noise(i as u32, 0))) // [p, 1]
+}
+
+/// A hash of (i, stream) in [−1, 1): an integer mix by multiplication and shifts, easy to repeat in any language.
+pub(crate) fn noise(i: u32, stream: u32) -> f64 {
+    let seed = stream.wrapping_add(1).wrapping_mul(2_246_822_519);
+    let mut h = i.wrapping_mul(2_654_435_761).wrapping_add(seed);
+    h ^= h >> 15;
+    h = h.wrapping_mul(3_266_489_917);
+    h ^= h >> 13;
+    (h >> 8) as f64 / (1 << 23) as f64 - 1.0
+}
