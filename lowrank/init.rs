@@ -153,7 +153,7 @@ mod tests {
             for (sum, s) in direct.iter_mut().zip(spectral_values(&mut rng, m, n, r)) {
                 *sum += s / draws as f64;
             }
-            let w = DMatrix::from_fn(m, n, |_, _| StandardNormal.sample(&mut rng));
+            let w = DMatrix::<f64>::from_fn(m, n, |_, _| StandardNormal.sample(&mut rng));
             for (sum, s) in svd.iter_mut().zip(w.singular_values().iter()) {
                 *sum += s / draws as f64;
             }
