@@ -129,12 +129,20 @@ impl<B: Backend> Params<B> {
     /// The parameters as leaves of a tape.
     #[track_caller]
     pub fn on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
-        let leaves = |list: &[Tensor<B>]| list.iter().map(|x| tape.leaf(x)).collect();
-        let pair = |p: &FactorPair<B>| PairVar { a: tape.leaf(&p.a), b: tape.leaf(&p.b) };
+        self.place(|x| tape.leaf(x))
+    }
+
+    /// The parameters as constants of a tape: for evaluation, where no gradient is wanted and none is prepared.
+    #[track_caller]
+    pub fn constants_on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
+        self.place(|x| tape.constant(x))
+    }
+
+    fn place<'t>(&self, put: impl Fn(&Tensor<B>) -> Var<'t, B>) -> ParamVars<'t, B> {
         ParamVars {
-            pairs: self.values.pairs.iter().map(pair).collect(),
-            hidden: leaves(&self.values.hidden),
-            dense: leaves(&self.values.dense),
+            pairs: self.values.pairs.iter().map(|p| PairVar { a: put(&p.a), b: put(&p.b) }).collect(),
+            hidden: self.values.hidden.iter().map(&put).collect(),
+            dense: self.values.dense.iter().map(&put).collect(),
         }
     }
 }

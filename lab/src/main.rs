@@ -1,1 +1,54 @@
-fn main() {}
+//! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
+//!
+//! Reading order: model, trainer (one step), train (the loop); config, cli, data, checkpoint, run, progress, plot around it;
+//! generate, inspect and bench use what was trained. Here: one function call per command, and one place where an error
+//! reaches the person.
+
+mod bench;
+mod checkpoint;
+mod cli;
+mod config;
+mod data;
+mod error;
+mod generate;
+mod inspect;
+mod model;
+mod plot;
+mod progress;
+mod run;
+mod train;
+mod trainer;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::error::Result;
+
+// A step frees and takes large buffers over and over; mimalloc keeps their pages mapped.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Train(args) => train::train(&args),
+        Command::Eval(args) => inspect::eval(&args),
+        Command::Generate(args) => generate::generate(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Bench(args) => bench::bench(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Worker threads (0: as many as there are cores). Work runs inside, so that no op has to cross over from another thread.
+fn pool(threads: usize) -> Result<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.build().map_err(|e| error::Error::new(format!("cannot start {threads} worker threads: {e}")))
+}

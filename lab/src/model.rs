@@ -1,0 +1,160 @@
+//! The language model: a Llama-style decoder whose hidden matrices are factor pairs (or, one switch away, dense).
+//!
+//! Pre-norm RMSNorm, rotary positions, grouped-query causal attention, SwiGLU, no biases (Touvron et al. 2023,
+//! arXiv 2302.13971). Not here: how it is trained (trainer.rs) or sampled (generate.rs).
+//! Letters: N tokens of a batch (sequences one after the other), T context, d width, f ffn, h head size, v vocabulary.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use rankgrad::autograd::{Rope, Tape, Var};
+use rankgrad::lowrank::{Dense, Hidden, Pair, PairInit, ParamVars, Params, gaussian, init_pair};
+use rankgrad::tensor::{Attention, Backend, Tensor};
+
+use crate::config::{Config, Init};
+
+const NORM_EPS: f64 = 1e-5;
+const ROPE_BASE: f64 = 10_000.0;
+
+/// A hidden layer: x·Wᵀ.
+#[derive(Clone, Copy)]
+enum Linear {
+    Factored(Pair),
+    Whole(Hidden),
+}
+
+impl Linear {
+    fn apply<'t, B: Backend>(self, w: &ParamVars<'t, B>, x: Var<'t, B>) -> Var<'t, B> {
+        match self {
+            Self::Factored(pair) => x.lowrank_linear(w[pair].a, w[pair].b),
+            Self::Whole(matrix) => x.linear(w[matrix]),
+        }
+    }
+}
+
+struct Block {
+    attention_norm: Dense,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    ffn_norm: Dense,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// Handles of the model's parameters, and what the forward pass needs beside them.
+pub struct Model<B: Backend> {
+    embedding: Dense,
+    blocks: Vec<Block>,
+    norm: Dense,
+    /// The embedding again if the two are tied.
+    head: Dense,
+    rope: Rope<B>,
+    heads: usize,
+    kv_heads: usize,
+}
+
+/// Adds parameters one by one, drawing each from the same generator.
+struct Builder<'a, B: Backend> {
+    device: &'a B,
+    config: &'a Config,
+    params: Params<B>,
+    rng: ChaCha8Rng,
+}
+
+impl<B: Backend> Builder<'_, B> {
+    fn gain(&mut self, name: &str) -> Dense {
+        let gain = Tensor::full(self.device, [self.config.dim], 1.0); // [d]
+        self.params.dense(name, gain)
+    }
+
+    fn table(&mut self, name: &str) -> Dense {
+        let Config { vocab, dim, init_std, .. } = *self.config;
+        let table = gaussian(self.device, &mut self.rng, [vocab, dim], init_std); // [v, d]
+        self.params.dense(name, table)
+    }
+
+    /// A hidden matrix [m, n]; `residual`: its output is added to the residual stream.
+    fn linear(&mut self, name: &str, [m, n]: [usize; 2], residual: bool) -> Linear {
+        let Config { rank_ratio, layers, init, init_std, zero_init_output, .. } = *self.config;
+        // 2·layers outputs add up in the residual stream: 1/√ of that keeps its variance (GPT-2)
+        let std = if residual { init_std / (2.0 * layers as f64).sqrt() } else { init_std };
+        let zero = residual && zero_init_output;
+        if !self.config.factored() {
+            let std = if zero { 0.0 } else { std };
+            let w = gaussian(self.device, &mut self.rng, [m, n], std); // [m, n]
+            return Linear::Whole(self.params.hidden(name, w));
+        }
+        let rank = (rank_ratio * m.min(n) as f64).floor() as usize;
+        let init = match init {
+            _ if zero => PairInit::Zero,
+            Init::Spectral => PairInit::Spectral,
+            Init::Orthogonal => PairInit::Orthogonal,
+        };
+        let pair = init_pair(self.device, &mut self.rng, [m, n], rank, std, init); // [m, r], [n, r]
+        Linear::Factored(self.params.pair(name, pair))
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// The model that `config` describes, and its parameters, drawn from `config.seed`.
+    pub fn new(device: &B, config: &Config) -> (Self, Params<B>) {
+        let Config { dim, ffn, heads, kv_heads, layers, context, .. } = *config;
+        let kv_dim = dim / heads * kv_heads;
+        let rng = ChaCha8Rng::seed_from_u64(config.seed);
+        let mut make = Builder { device, config, params: Params::default(), rng };
+        let embedding = make.table("embedding");
+        let block = |i: usize| Block {
+            attention_norm: make.gain(&format!("blocks.{i}.attention_norm")),
+            q: make.linear(&format!("blocks.{i}.q"), [dim, dim], false),
+            k: make.linear(&format!("blocks.{i}.k"), [kv_dim, dim], false),
+            v: make.linear(&format!("blocks.{i}.v"), [kv_dim, dim], false),
+            o: make.linear(&format!("blocks.{i}.o"), [dim, dim], true),
+            ffn_norm: make.gain(&format!("blocks.{i}.ffn_norm")),
+            gate: make.linear(&format!("blocks.{i}.gate"), [ffn, dim], false),
+            up: make.linear(&format!("blocks.{i}.up"), [ffn, dim], false),
+            down: make.linear(&format!("blocks.{i}.down"), [dim, ffn], true),
+        };
+        let blocks = (0..layers).map(block).collect();
+        let norm = make.gain("norm");
+        let head = if config.tie { embedding } else { make.table("head") };
+        let rope = Rope::new(device, context, dim / heads, ROPE_BASE); // [T, h]
+        (Self { embedding, blocks, norm, head, rope, heads, kv_heads }, make.params)
+    }
+
+    /// Logits [N, v] of `batch` sequences of equal length, one after the other in `tokens`.
+    pub fn logits<'t>(&self, w: &ParamVars<'t, B>, tokens: &[u32], batch: usize) -> Var<'t, B> {
+        let len = tokens.len() / batch;
+        let how = Attention { batch, heads: self.heads, kv_heads: self.kv_heads, causal: true };
+        let mut x = w[self.embedding].embedding(tokens); // [N, d]
+        for block in &self.blocks {
+            let h = x.rms_norm(w[block.attention_norm], NORM_EPS); // [N, d]
+            let q = block.q.apply(w, h).rope(&self.rope, len, 0); // [N, heads·h]
+            let k = block.k.apply(w, h).rope(&self.rope, len, 0); // [N, kv_heads·h]
+            let v = block.v.apply(w, h); // [N, kv_heads·h]
+            x = x + block.o.apply(w, q.attention(k, v, how)); // [N, d]
+            let h = x.rms_norm(w[block.ffn_norm], NORM_EPS); // [N, d]
+            let f = block.gate.apply(w, h).swiglu(block.up.apply(w, h)); // [N, f]
+            x = x + block.down.apply(w, f); // [N, d]
+        }
+        x.rms_norm(w[self.norm], NORM_EPS).linear(w[self.head]) // [N, v]
+    }
+
+    /// Mean cross-entropy in nats per token, a tensor of shape \[1\].
+    pub fn loss<'t>(
+        &self,
+        w: &ParamVars<'t, B>,
+        tokens: &[u32],
+        targets: &[u32],
+        batch: usize,
+    ) -> Var<'t, B> {
+        self.logits(w, tokens, batch).cross_entropy(targets)
+    }
+
+    /// As [`Model::logits`], without keeping anything for a gradient.
+    pub fn predict(&self, params: &Params<B>, tokens: &[u32], batch: usize) -> Tensor<B> {
+        let tape = Tape::new(params.values.dense[0].device());
+        self.logits(&params.constants_on(&tape), tokens, batch).value() // [N, v]
+    }
+}

@@ -1,0 +1,291 @@
+//! The directory of a run: config.toml, metrics.jsonl, checkpoints, final.json, loss.svg.
+//!
+//! A directory holds one run; what is in it is only ever added to, or replaced whole. metrics.jsonl is one JSON
+//! object a line, in the order of the steps and without repeats, also after a resume.
+//! Not here: the training loop that produces these records.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::{Config, Method, name};
+use crate::error::{Error, Result, cannot, write_atomically};
+
+/// One line of metrics.jsonl. Losses are in nats per token; a loss that is not finite is written as null.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Steps done.
+    pub step: u64,
+    /// Training loss of the step's batch.
+    pub loss: Option<f64>,
+    /// Validation loss after the step, where one was computed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub val_loss: Option<f64>,
+    /// Learning rate of the blocks' matrices in this step.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: Option<f64>,
+    /// Training tokens seen.
+    pub tokens: u64,
+    /// Training time in seconds, over all parts of a resumed run.
+    pub seconds: f64,
+    pub tokens_per_second: f64,
+}
+
+/// final.json: the outcome of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// Nats per token.
+    pub val_loss: f64,
+    pub val_bits_per_byte: f64,
+    /// Trained numbers.
+    pub params: usize,
+    pub tokens: u64,
+    pub seconds: f64,
+    pub tokens_per_second: f64,
+    /// Absent where the system does not tell.
+    pub peak_memory_mib: Option<f64>,
+    pub steps: usize,
+    pub method: Method,
+    pub seed: u64,
+}
+
+/// An open run directory.
+pub struct Run {
+    pub directory: PathBuf,
+    metrics: File,
+}
+
+impl Run {
+    /// Makes the directory (`config.out`, or the next free `runs/METHOD-PRESET-NUMBER`) and records the configuration.
+    ///
+    /// # Errors
+    /// A directory that holds a run already or cannot be written.
+    pub fn create(config: &Config) -> Result<Self> {
+        let directory = match &config.out {
+            Some(out) => {
+                fs::create_dir_all(out).map_err(cannot("make the output directory", out))?;
+                out.clone()
+            }
+            None => next_free(Path::new("runs"), config)?,
+        };
+        let theirs =
+            ["config.toml", "metrics.jsonl", "final.json"].iter().find(|f| directory.join(f).exists());
+        if theirs.is_some() || !checkpoint::list(&directory)?.is_empty() {
+            return Err(Error::new(format!(
+                "{0} already holds a run; choose another --out, or continue that run with --resume {0}",
+                directory.display()
+            )));
+        }
+        write_atomically(&directory.join("config.toml"), config.to_toml()?.as_bytes())?;
+        Self::open(directory)
+    }
+
+    /// Opens the directory for going on after `step`: later records, and a last line that was cut off, are dropped
+    /// from metrics.jsonl.
+    ///
+    /// # Errors
+    /// A directory that cannot be read or written; a line before the last that is no record.
+    pub fn resume(directory: &Path, step: u64) -> Result<Self> {
+        let path = directory.join("metrics.jsonl");
+        if path.exists() {
+            let kept: Vec<Record> = read_metrics(&path)?.into_iter().filter(|r| r.step <= step).collect();
+            let lines: String = kept.iter().map(line).collect();
+            write_atomically(&path, lines.as_bytes())?;
+        }
+        Self::open(directory.to_owned())
+    }
+
+    fn open(directory: PathBuf) -> Result<Self> {
+        let path = directory.join("metrics.jsonl");
+        let metrics =
+            OpenOptions::new().create(true).append(true).open(&path).map_err(cannot("write", &path))?;
+        Ok(Run { directory, metrics })
+    }
+
+    /// Appends one line to metrics.jsonl.
+    ///
+    /// # Errors
+    /// A full disk and the like.
+    pub fn log(&mut self, record: &Record) -> Result<()> {
+        // One write per line: a crash cuts off the last line at most.
+        self.metrics
+            .write_all(line(record).as_bytes())
+            .map_err(cannot("write", &self.directory.join("metrics.jsonl")))
+    }
+
+    /// Saves a checkpoint; the records up to it reach the disk first.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::save`].
+    pub fn save(&self, checkpoint: &Checkpoint) -> Result<PathBuf> {
+        self.metrics.sync_all().map_err(cannot("write", &self.directory.join("metrics.jsonl")))?;
+        checkpoint.save(&self.directory, checkpoint.meta.config.keep)
+    }
+
+    /// Writes final.json.
+    ///
+    /// # Errors
+    /// A full disk and the like.
+    pub fn finish(&self, summary: &Summary) -> Result<()> {
+        let json = serde_json::to_string_pretty(summary).expect("plain values") + "\n";
+        write_atomically(&self.directory.join("final.json"), json.as_bytes())
+    }
+}
+
+fn line(record: &Record) -> String {
+    serde_json::to_string(record).expect("plain values") + "\n"
+}
+
+/// The records of a metrics.jsonl, less a last line that was cut off.
+///
+/// # Errors
+/// An unreadable file; a line before the last that is no record.
+pub fn read_metrics(path: &Path) -> Result<Vec<Record>> {
+    // Bytes: a line may have been cut off within a character, or hold anything after a power failure.
+    let bytes = fs::read(path).map_err(cannot("read", path))?;
+    let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
+    let parse = |(i, line): (usize, &[u8])| {
+        serde_json::from_slice(line).map_err(|e| {
+            Error::new(format!("{} line {} is no record ({e}); remove that line", path.display(), i + 1))
+        })
+    };
+    bytes[..whole].split_inclusive(|&b| b == b'\n').enumerate().map(parse).collect()
+}
+
+/// `create_dir` decides who gets a number when two runs start at once.
+fn next_free(parent: &Path, config: &Config) -> Result<PathBuf> {
+    fs::create_dir_all(parent).map_err(cannot("make the output directory", parent))?;
+    for number in 1.. {
+        let directory = parent.join(format!("{}-{}-{number:03}", name(config.method), name(config.preset)));
+        match fs::create_dir(&directory) {
+            Ok(()) => return Ok(directory),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(cannot("make the output directory", &directory)(e)),
+        }
+    }
+    unreachable!("numbers do not end")
+}
+
+/// Largest resident memory of this process so far, in MiB, where the system tells (Linux).
+pub fn peak_memory_mib() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Overrides;
+
+    fn config(out: Option<PathBuf>) -> Config {
+        Config { out, ..Overrides::default().resolve().unwrap() }
+    }
+
+    fn record(step: u64) -> Record {
+        let loss = Some(1.0 / step as f64);
+        let (tokens, seconds) = (step * 768, 0.1 * step as f64);
+        let val_loss = step.is_multiple_of(2).then_some(2.5);
+        Record {
+            step,
+            loss,
+            val_loss,
+            lr: 0.1,
+            grad_norm: Some(0.3),
+            tokens,
+            seconds,
+            tokens_per_second: 7680.0,
+        }
+    }
+
+    fn refusal(out: PathBuf) -> String {
+        Run::create(&config(Some(out))).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_directory_holds_one_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("a/b");
+        let run = Run::create(&config(Some(out.clone()))).unwrap();
+        let recorded = Overrides::from_file(&out.join("config.toml")).unwrap().resolve().unwrap();
+        assert_eq!(recorded, config(None));
+        drop(run);
+        assert!(refusal(out.clone()).contains(&format!(
+            "holds a run; choose another --out, or continue that run with --resume {}",
+            out.display()
+        )));
+        fs::remove_file(out.join("config.toml")).unwrap();
+        fs::remove_file(out.join("metrics.jsonl")).unwrap();
+        fs::write(out.join("step-00000001.safetensors"), "").unwrap();
+        assert!(refusal(out).contains("holds a run"));
+    }
+
+    #[test]
+    fn an_impossible_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(refusal(file.join("out")).starts_with("cannot make the output directory "));
+        assert!(refusal("/proc/rankgrad".into()).contains("/proc/rankgrad"));
+    }
+
+    #[test]
+    fn runs_are_numbered() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(next_free(dir.path(), &config(None)).unwrap().ends_with("spectron-tiny-001"));
+        assert!(next_free(dir.path(), &config(None)).unwrap().ends_with("spectron-tiny-002"));
+    }
+
+    #[test]
+    fn a_resumed_run_has_each_record_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
+        (1..=4).for_each(|step| run.log(&record(step)).unwrap());
+        run.metrics.write_all(&b"{\"step\": 5, \"lo\xc3"[..]).unwrap();
+        drop(run);
+        let mut run = Run::resume(dir.path(), 2).unwrap();
+        run.log(&record(3)).unwrap();
+        assert_eq!(read_metrics(&path).unwrap(), [record(1), record(2), record(3)]);
+        fs::write(&path, "{}\n").unwrap();
+        let error = read_metrics(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("line 1 is no record (missing field `step`") && error.contains("remove"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_is_null() {
+        let text = line(&Record { loss: Some(f64::NAN), ..record(1) });
+        assert!(text.contains("\"loss\":null"), "{text}");
+    }
+
+    #[test]
+    fn the_outcome_is_written_as_json() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
+        let summary = Summary {
+            val_loss: 1.7,
+            val_bits_per_byte: 2.45,
+            params: 10,
+            tokens: 768,
+            seconds: 1.5,
+            tokens_per_second: 512.0,
+            peak_memory_mib: peak_memory_mib(),
+            steps: 1,
+            method: Method::DenseAdamw,
+            seed: 1,
+        };
+        run.finish(&summary).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&fs::read(dir.path().join("final.json")).unwrap()).unwrap();
+        assert_eq!((json["method"].as_str(), json["val_loss"].as_f64()), (Some("dense-adamw"), Some(1.7)));
+        #[cfg(target_os = "linux")]
+        assert!(json["peak_memory_mib"].as_f64().unwrap() > 1.0);
+    }
+}

@@ -1,0 +1,191 @@
+//! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume.
+
+use std::time::Instant;
+
+use crate::checkpoint::{self, Checkpoint, Meta};
+use crate::cli::TrainArgs;
+use crate::config::Config;
+use crate::data::Corpus;
+use crate::error::{Error, Result};
+use crate::generate::{Sampling, sample};
+use crate::plot::{self, Curve};
+use crate::progress::{Progress, catch_interrupts, interrupted};
+use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
+use crate::trainer::{Trainer, schedule};
+
+/// Trains a new model, or continues a run.
+///
+/// # Errors
+/// Bad configuration or data, a directory that cannot be used, a run that diverges.
+pub fn train(args: &TrainArgs) -> Result<()> {
+    let asked = args.asked()?;
+    let (config, saved) = match &args.resume {
+        None => (asked.resolve()?, None),
+        Some(directory) => {
+            let saved = Checkpoint::load(&checkpoint::find(directory)?)?;
+            (saved.meta.config.resumed_with(&asked)?, Some((directory, saved)))
+        }
+    };
+    let corpus = Corpus::load(&config.data, config.context)?;
+    let (run, saved) = match saved {
+        None => (Run::create(&config)?, None),
+        Some((directory, saved)) => {
+            same_corpus(&saved.meta, &corpus)?;
+            (Run::resume(directory, saved.meta.step)?, Some(saved))
+        }
+    };
+    catch_interrupts()?;
+    crate::pool(config.threads)?.install(|| {
+        let mut trainer = Trainer::new(&config);
+        let mut meta = Meta::new(&config, &corpus);
+        if let Some(saved) = saved {
+            meta = Meta { config: config.clone(), ..saved.meta.clone() };
+            trainer.restore(saved)?;
+        }
+        Loop { args, config: &config, corpus: &corpus, run, trainer, meta }.run()
+    })
+}
+
+fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
+    if meta.corpus_sha256 == corpus.sha256 {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "the data differs from the run's: {} now, sha256 {} then; give the same bytes with --data",
+        corpus.summary,
+        &meta.corpus_sha256[..16]
+    )))
+}
+
+struct Loop<'a> {
+    args: &'a TrainArgs,
+    config: &'a Config,
+    corpus: &'a Corpus,
+    run: Run,
+    trainer: Trainer,
+    /// Tokens, seconds and best loss so far.
+    meta: Meta,
+}
+
+impl Loop<'_> {
+    fn run(mut self) -> Result<()> {
+        let config = self.config;
+        let steps = config.steps as u64;
+        let last = self.args.stop_after.map_or(steps, |stop| steps.min(stop as u64));
+        let schedule = schedule(config);
+        let mut progress = Progress::new(steps, self.trainer.steps(), self.args.quiet);
+        progress.note(&format!("data: {}", self.corpus.summary));
+        let params = self.trainer.params.count();
+        progress.note(&format!("run: {} ({params} parameters)", self.run.directory.display()));
+        let tokens_per_step = (config.batch * config.context * config.accumulate) as u64;
+        let mut speed = 0.0;
+        if self.trainer.steps() == 0 {
+            self.save()?; // so that a run that dies early can be resumed too
+        }
+        while self.trainer.steps() < last && !interrupted() {
+            let step = self.trainer.steps();
+            let start = Instant::now();
+            let factor = schedule.factor(step);
+            let micro = |i: usize| {
+                self.corpus.training_batch(config.batch, config.context, config.seed, step, i as u64)
+            };
+            let batches: Vec<_> = (0..config.accumulate).map(micro).collect();
+            let outcome = self.trainer.step(&batches, factor)?;
+            let seconds = start.elapsed().as_secs_f64();
+            self.meta.tokens += tokens_per_step;
+            self.meta.seconds += seconds;
+            // a moving average over about 20 steps, so that the display does not flicker
+            let now = tokens_per_step as f64 / seconds;
+            speed = if speed == 0.0 { now } else { 0.95 * speed + 0.05 * now };
+
+            let done = step + 1;
+            progress.step(done, outcome.loss, config.lr * factor, speed);
+            let due = |every: usize| every > 0 && done.is_multiple_of(every as u64);
+            let val_loss = (due(config.eval_every) && done < steps).then(|| {
+                let (loss, _) = self.trainer.validate(self.corpus, config.eval_batches);
+                progress.note(&format!(
+                    "step {done}: training loss {:.4}, validation loss {loss:.4}",
+                    outcome.loss
+                ));
+                loss
+            });
+            if due(config.log_every) || val_loss.is_some() || done == steps {
+                self.run.log(&Record {
+                    step: done,
+                    loss: Some(outcome.loss),
+                    val_loss,
+                    lr: config.lr * factor,
+                    grad_norm: Some(outcome.grad_norm),
+                    tokens: self.meta.tokens,
+                    seconds: self.meta.seconds,
+                    tokens_per_second: speed,
+                })?;
+            }
+            self.note_best(val_loss);
+            if due(config.checkpoint_every) && done < last {
+                self.save()?;
+            }
+        }
+        progress.finish();
+        let path = self.save()?;
+        let done = self.trainer.steps();
+        if done < steps {
+            let why = if interrupted() { "interrupted" } else { "stopped as asked" };
+            eprintln!(
+                "{why} after step {done} of {steps}; saved {}. Continue with: rankgrad train --resume {}",
+                path.display(),
+                self.run.directory.display()
+            );
+            return Ok(());
+        }
+        self.finish()
+    }
+
+    fn note_best(&mut self, val_loss: Option<f64>) {
+        if let Some(loss) = val_loss.filter(|loss| loss.is_finite()) {
+            self.meta.best_val_loss = Some(self.meta.best_val_loss.map_or(loss, |best| best.min(loss)));
+        }
+    }
+
+    fn save(&mut self) -> Result<std::path::PathBuf> {
+        let checkpoint = self.trainer.checkpoint(self.meta.clone());
+        self.run.save(&checkpoint)
+    }
+
+    /// Validates on the whole split, writes final.json and the picture, shows a sample.
+    fn finish(mut self) -> Result<()> {
+        let config = self.config;
+        let (val_loss, _) = self.trainer.validate(self.corpus, 0);
+        let summary = Summary {
+            val_loss,
+            val_bits_per_byte: val_loss / std::f64::consts::LN_2,
+            params: self.trainer.params.count(),
+            tokens: self.meta.tokens,
+            seconds: self.meta.seconds,
+            tokens_per_second: self.meta.tokens as f64 / self.meta.seconds,
+            peak_memory_mib: peak_memory_mib(),
+            steps: config.steps,
+            method: config.method,
+            seed: config.seed,
+        };
+        self.note_best(Some(val_loss));
+        self.run.finish(&summary)?;
+        let directory = &self.run.directory;
+        let records = read_metrics(&directory.join("metrics.jsonl"))?;
+        let mut curve = Curve::new(directory.display().to_string(), &records);
+        curve.validation.push((config.steps as f64, val_loss));
+        plot::losses(&directory.join("loss.svg"), &[curve])?;
+        println!(
+            "validation loss {val_loss:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            summary.val_bits_per_byte, summary.tokens, summary.seconds, summary.tokens_per_second
+        );
+        println!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
+        if !self.args.quiet {
+            let sampling = Sampling { tokens: 300, temperature: 0.8, top_k: None, seed: config.seed };
+            let trainer = &self.trainer;
+            let text = sample(&trainer.model, &trainer.params, config, b"\n", &sampling);
+            println!("--- a sample ---{}", String::from_utf8_lossy(&text));
+        }
+        Ok(())
+    }
+}
