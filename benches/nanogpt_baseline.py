@@ -1,7 +1,7 @@
 """A yardstick of loss and time: the well-known CPU recipe of nanoGPT (a small GPT-2 on characters), written anew in PyTorch.
 
 The model is GPT-2's shape: learned positions, LayerNorm, GELU, embedding and head tied; no biases, no dropout.
-Not this project's model (that is in torch_model.py), and not tuned: whoever wants to claim a speed or a loss beats this.
+Not this project's model, which is in torch_model.py, and not tuned: it shows what the common starting point reaches.
 Install: python -m venv .venv && .venv/bin/pip install torch==2.15.0 numpy
 Run:     python nanogpt_baseline.py --data FILE [--vocabulary char|byte] [--threads 2] [--json]
 B sequences, T tokens each, V vocabulary, d width, H heads, hd = d/H, L layers, N length of the validation text.
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+import sys
 from time import perf_counter
 
 import torch
@@ -130,9 +131,10 @@ def main():
     for step in range(args.steps + 1):
         if step % EVAL_EVERY == 0:
             training += perf_counter() - mark
-            history.append({"step": step, "valid_loss": sampled_loss(model, valid)})
-            if not args.json:
-                print(f"step {step:5}  validation loss {history[-1]['valid_loss']:.4f}  {training:7.1f} s of training")
+            estimate = sampled_loss(model, valid)
+            history.append({"step": step, "valid_loss": estimate, "training_seconds": training})
+            print(f"step {step:5}  validation loss {estimate:.4f}  {training:7.1f} s of training",
+                  file=sys.stderr if args.json else sys.stdout, flush=True)
             mark = perf_counter()
         if step == args.steps:
             break

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use rankgrad::tensor::Cpu;
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
@@ -60,7 +61,7 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
 }
 
 fn measure(config: &Config, steps: usize) -> Result<Report> {
-    let mut trainer = Trainer::new(config);
+    let mut trainer = Trainer::new(&Cpu::<f32>::default(), config);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {

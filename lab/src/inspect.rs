@@ -31,7 +31,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     }
     let corpus = Corpus::load(&config.data, config.context)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
-        let mut trainer = Trainer::new(&config);
+        let mut trainer = Trainer::new(&Cpu::default(), &config);
         trainer.restore(checkpoint)?;
         Ok::<_, Error>(trainer.validate(&corpus, args.batches))
     })?;

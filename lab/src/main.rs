@@ -26,10 +26,6 @@ use clap::Parser;
 use crate::cli::{Cli, Command};
 use crate::error::Result;
 
-// A step frees and takes large buffers over and over; mimalloc keeps their pages mapped.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::train(&args),

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use rankgrad::tensor::Cpu;
+
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::TrainArgs;
 use crate::config::Config;
@@ -36,7 +38,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
     };
     catch_interrupts()?;
     crate::pool(config.threads)?.install(|| {
-        let mut trainer = Trainer::new(&config);
+        let mut trainer = Trainer::new(&Cpu::default(), &config);
         let mut meta = Meta::new(&config, &corpus);
         if let Some(saved) = saved {
             meta = Meta { config: config.clone(), ..saved.meta.clone() };

@@ -8,7 +8,7 @@ use rankgrad::autograd::Tape;
 use rankgrad::lowrank::{
     AdamW, FactorPair, Optimizer, Params, Rule, ScheduleKind, Spectron, Values, clip_global_norm,
 };
-use rankgrad::tensor::{Cpu, Tensor};
+use rankgrad::tensor::{Backend, Cpu, Tensor};
 
 use crate::checkpoint::{Checkpoint, HostTensor, Meta};
 use crate::config::{Config, Method, Schedule};
@@ -16,15 +16,15 @@ use crate::data::{Batch, Corpus};
 use crate::error::{Error, Result};
 use crate::model::Model;
 
-type B = Cpu<f32>;
-type PairRule = Box<dyn Rule<B, FactorPair<B>>>;
+type PairRule<B> = Box<dyn Rule<B, FactorPair<B>>>;
 
 /// A model in training.
-pub struct Trainer {
+pub struct Trainer<B: Backend = Cpu<f32>> {
+    device: B,
     pub config: Config,
     pub model: Model<B>,
     pub params: Params<B>,
-    optimizer: Optimizer<B, PairRule>,
+    optimizer: Optimizer<B, PairRule<B>>,
 }
 
 /// What one step saw, and where its time went.
@@ -39,12 +39,12 @@ pub struct Step {
     pub optimizer: Duration,
 }
 
-impl Trainer {
+impl<B: Backend> Trainer<B> {
     /// The initial state of a run.
-    pub fn new(config: &Config) -> Self {
-        let (model, params) = Model::new(&B::default(), config);
+    pub fn new(device: &B, config: &Config) -> Self {
+        let (model, params) = Model::new(device, config);
         let optimizer = optimizer(config, &params);
-        Self { config: config.clone(), model, params, optimizer }
+        Self { device: device.clone(), config: config.clone(), model, params, optimizer }
     }
 
     /// One update from the mean gradient of the micro-batches, with both learning rates times `factor`.
@@ -59,7 +59,7 @@ impl Trainer {
         let share = 1.0 / micro_batches.len() as f64;
         for batch in micro_batches {
             let start = Instant::now();
-            let tape = Tape::new(&B::default());
+            let tape = Tape::new(&self.device);
             let w = self.params.on(&tape);
             let batch_loss = self.model.loss(&w, &batch.inputs, &batch.targets, batch.rows);
             let value = batch_loss.value().item();
@@ -121,7 +121,7 @@ impl Trainer {
         let Config { batch, context, .. } = self.config;
         let (mut sum, mut tokens) = (0.0, 0);
         for b in corpus.validation_batches(batch, context, limit) {
-            let tape = Tape::new(&B::default());
+            let tape = Tape::new(&self.device);
             let w = self.params.constants_on(&tape);
             let loss = self.model.loss(&w, &b.inputs, &b.targets, b.rows).value().item();
             sum += loss * b.inputs.len() as f64;
@@ -129,10 +129,12 @@ impl Trainer {
         }
         (sum / tokens as f64, tokens)
     }
+}
 
+impl Trainer {
     /// Everything that a continuation needs, bit for bit. `meta.step` is set here.
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
-        let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
+        let host = |x: &Tensor<Cpu<f32>>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
         let params = self.params.names().zip(self.params.values.tensors());
         let mut tensors: std::collections::BTreeMap<_, _> =
             params.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
@@ -161,13 +163,13 @@ impl Trainer {
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or left over.
-pub fn load_model(checkpoint: Checkpoint) -> Result<(Model<B>, Params<B>)> {
-    let (model, mut params) = Model::new(&B::default(), &checkpoint.meta.config);
+pub fn load_model(checkpoint: Checkpoint) -> Result<(Model<Cpu<f32>>, Params<Cpu<f32>>)> {
+    let (model, mut params) = Model::new(&Cpu::default(), &checkpoint.meta.config);
     restore_params(&mut params, checkpoint)?;
     Ok((model, params))
 }
 
-fn restore_params(params: &mut Params<B>, mut checkpoint: Checkpoint) -> Result<Checkpoint> {
+fn restore_params(params: &mut Params<Cpu<f32>>, mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     let names: Vec<String> = params.names().collect();
     for (name, x) in names.iter().zip(params.values.tensors_mut()) {
         replace(&mut checkpoint, &format!("param.{name}"), x)?;
@@ -176,20 +178,20 @@ fn restore_params(params: &mut Params<B>, mut checkpoint: Checkpoint) -> Result<
     Ok(checkpoint)
 }
 
-fn replace(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<B>) -> Result<()> {
+fn replace(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<Cpu<f32>>) -> Result<()> {
     let values = checkpoint.take(name, x.shape().dims())?;
     *x = Tensor::from_vec(x.device(), x.shape(), values); // like x
     Ok(())
 }
 
-fn optimizer(config: &Config, params: &Params<B>) -> Optimizer<B, PairRule> {
+fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B, PairRule<B>> {
     let Config { weight_decay, beta1, beta2, momentum, .. } = *config;
     let values = &params.values;
     let adamw = |mut adamw: AdamW<B>| {
         (adamw.beta1, adamw.beta2, adamw.weight_decay) = (beta1, beta2, weight_decay);
         adamw
     };
-    let pairs: PairRule = match config.method {
+    let pairs: PairRule<B> = match config.method {
         Method::Spectron | Method::DenseAdamw => {
             let mut spectron = Spectron::new(&values.pairs);
             (spectron.beta, spectron.weight_decay) = (momentum, weight_decay);
@@ -217,5 +219,140 @@ pub fn schedule(config: &Config) -> rankgrad::lowrank::Schedule {
         steps: config.steps as u64,
         warmup: config.warmup as u64,
         end: config.final_lr_fraction,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Ten steps against an independent implementation in PyTorch (benches/reference_steps.py, float64), which wrote
+    //! tests/data/reference_steps.json: losses and gradient norms of each step, sums over each parameter at the end.
+
+    use super::*;
+    use crate::config::Overrides;
+    use rankgrad::tensor::Scalar;
+    use serde_json::Value;
+
+    const REFERENCE: &str = include_str!("../../tests/data/reference_steps.json");
+
+    /// White noise in [-1, 1) from the position i and a stream p, the same in the script.
+    fn noise(i: usize, p: usize) -> f64 {
+        let mut h =
+            (i as u32).wrapping_mul(2_654_435_761).wrapping_add((p as u32 + 1).wrapping_mul(2_246_822_519));
+        h ^= h >> 15;
+        h = h.wrapping_mul(3_266_489_917);
+        h ^= h >> 13;
+        2.0 * f64::from(h >> 8) / f64::from(1 << 24) - 1.0
+    }
+
+    fn config(method: Method, reference: &Value) -> Config {
+        let number = |key: &str| reference["model"][key].as_u64().unwrap() as usize;
+        let rate = |key: &str| reference["methods"][crate::config::name(method)][key].as_f64().unwrap();
+        let defaults = Overrides::default().resolve().unwrap();
+        Config {
+            method,
+            vocab: number("vocab"),
+            dim: number("dim"),
+            layers: number("layers"),
+            heads: number("heads"),
+            kv_heads: number("kv_heads"),
+            ffn: number("ffn"),
+            context: number("context"),
+            batch: number("batch"),
+            rank_ratio: 0.25,
+            lr: rate("lr"),
+            adam_lr: rate("adam_lr"),
+            weight_decay: 0.1,
+            ..defaults
+        }
+    }
+
+    /// The script counts tensors in the order of the model, this library keeps one list per kind.
+    fn names(config: &Config) -> Vec<String> {
+        let linear = |name: String| match config.factored() {
+            true => vec![format!("{name}.A"), format!("{name}.B")],
+            false => vec![name],
+        };
+        let mut names = vec!["embedding".to_owned()];
+        for i in 0..config.layers {
+            names.push(format!("blocks.{i}.attention_norm"));
+            names.extend(["q", "k", "v", "o"].into_iter().flat_map(|n| linear(format!("blocks.{i}.{n}"))));
+            names.push(format!("blocks.{i}.ffn_norm"));
+            names.extend(["gate", "up", "down"].into_iter().flat_map(|n| linear(format!("blocks.{i}.{n}"))));
+        }
+        names.extend(["norm".to_owned(), "head".to_owned()]);
+        names
+    }
+
+    fn start<T: Scalar>(config: &Config) -> Trainer<Cpu<T>> {
+        let mut trainer = Trainer::new(&Cpu::default(), config);
+        let order = names(config);
+        let own: Vec<String> = trainer.params.names().collect();
+        for (name, x) in own.iter().zip(trainer.params.values.tensors_mut()) {
+            let p = order.iter().position(|n| n == name).unwrap();
+            let value = |i: usize| match name {
+                n if n.ends_with("norm") => 1.0 + 0.1 * noise(i, p),
+                n if n == "embedding" => 0.5 * noise(i, p),
+                n if n == "head" => 0.2 * noise(i, p),
+                _ if config.factored() => 0.35 * noise(i, p),
+                _ => 0.15 * noise(i, p),
+            };
+            *x = Tensor::from_fn(&Cpu::default(), x.shape(), |i| T::of(value(i)));
+        }
+        trainer
+    }
+
+    fn batch(config: &Config, step: usize) -> Batch {
+        let Config { vocab, context, batch, .. } = *config;
+        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+        for b in 0..batch {
+            let mut tokens: Vec<u32> = Vec::new();
+            for t in 0..=context {
+                let drawn = ((noise(b * (context + 1) + t, 1000 + step) + 1.0) * 0.5 * vocab as f64) as u32;
+                let token = if t % 2 == 0 { drawn } else { (tokens[t - 1] * 3 + 7) % vocab as u32 };
+                tokens.push(token);
+            }
+            inputs.extend(&tokens[..context]);
+            targets.extend(&tokens[1..]);
+        }
+        Batch { inputs, targets, rows: batch }
+    }
+
+    /// The largest relative deviation of losses and gradient norms, and of the final parameters' sums of squares.
+    fn deviation<T: Scalar>(method: Method) -> f64 {
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let config = config(method, &reference);
+        let want = &reference["methods"][crate::config::name(method)];
+        let mut trainer = start::<T>(&config);
+        let mut worst = 0.0f64;
+        let mut compare = |got: f64, want: &Value, what: &str| {
+            let want = want.as_f64().unwrap();
+            let error = (got - want).abs() / want.abs();
+            assert!(error < 1e-3, "{what}: {got}, PyTorch {want}");
+            worst = worst.max(error);
+        };
+        for step in 0..10 {
+            let outcome = trainer.step(&[batch(&config, step)], 1.0).unwrap();
+            compare(outcome.loss, &want["losses"][step], &format!("loss of step {step}"));
+            compare(outcome.grad_norm, &want["grad_norms"][step], &format!("gradient norm of step {step}"));
+        }
+        let order = names(&config);
+        assert_eq!(want["parameters"].as_array().unwrap().len(), order.len());
+        for (name, x) in trainer.params.names().zip(trainer.params.values.tensors()) {
+            let p = order.iter().position(|n| *n == name).unwrap();
+            let squares = x.to_f64().iter().map(|x| x * x).sum();
+            compare(squares, &want["parameters"][p]["sum_of_squares"], &name);
+        }
+        worst
+    }
+
+    #[test]
+    fn ten_steps_agree_with_pytorch() {
+        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw] {
+            let (single, double) = (deviation::<f32>(method), deviation::<f64>(method));
+            println!("{}: f32 {single:.1e}, f64 {double:.1e}", crate::config::name(method));
+            assert!(single < 1e-5, "{method:?} in f32: {single:e}");
+            // the reference is printed with 17 digits; what remains is rounding, grown over ten steps
+            assert!(double < 1e-11, "{method:?} in f64: {double:e}");
+        }
     }
 }
