@@ -40,10 +40,10 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     let config = overrides.resolve()?;
     let report = crate::pool(config.threads)?.install(|| measure(&config, args.steps))?;
     if args.json {
-        println!("{}", serde_json::to_string(&report).expect("plain values"));
+        crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
     }
-    println!(
+    crate::say!(
         "forward {:.2} ms, backward {:.2} ms, optimizer {:.2} ms; step {:.2} ms ({} tokens, {} threads, medians of {})",
         report.forward_ms,
         report.backward_ms,
@@ -53,9 +53,9 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         report.threads,
         report.steps
     );
-    println!("{:.0} tokens/s, {:.1} GFLOP/s", report.tokens_per_second, report.gflops);
+    crate::say!("{:.0} tokens/s, {:.1} GFLOP/s", report.tokens_per_second, report.gflops);
     if let Some(peak) = report.peak_memory_mib {
-        println!("{} parameters, peak memory {peak:.0} MiB", report.params);
+        crate::say!("{} parameters, peak memory {peak:.0} MiB", report.params);
     }
     Ok(())
 }

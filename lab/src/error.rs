@@ -67,6 +67,24 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Prints a line of results to standard output. A reader that has gone (`| head`) is no error; a full disk is.
+pub fn say(line: std::fmt::Arguments) {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("error: cannot write to standard output: {e}");
+            std::process::exit(1);
+        }
+        _ => {}
+    }
+}
+
+/// As `println!`, through [`say`].
+#[macro_export]
+macro_rules! say {
+    ($($part:tt)*) => { $crate::error::say(format_args!($($part)*)) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

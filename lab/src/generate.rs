@@ -37,7 +37,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let sampling =
         Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     let text = crate::pool(0)?.install(|| sample(&model, &params, &config, prompt.as_bytes(), &sampling));
-    println!("{prompt}{}", String::from_utf8_lossy(&text));
+    crate::say!("{prompt}{}", String::from_utf8_lossy(&text));
     Ok(())
 }
 

@@ -37,11 +37,11 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     })?;
     let evaluation = Evaluation { val_loss, val_bits_per_byte: val_loss / std::f64::consts::LN_2, tokens };
     if args.json {
-        println!("{}", serde_json::to_string(&evaluation).expect("plain values"));
+        crate::say!("{}", serde_json::to_string(&evaluation).expect("plain values"));
     } else {
-        println!("data: {}", corpus.summary);
+        crate::say!("data: {}", corpus.summary);
         let bits = evaluation.val_bits_per_byte;
-        println!(
+        crate::say!(
             "validation loss {val_loss:.4} nats per token, {bits:.4} bits per byte, over {tokens} tokens"
         );
     }
@@ -116,10 +116,10 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
         pairs: pairs.map(|(name, pair)| PairReport::new(name, pair)).collect(),
     };
     if args.json {
-        println!("{}", serde_json::to_string(&report).expect("plain values"));
+        crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
     }
-    println!(
+    crate::say!(
         "{}: {} after {} steps, {} tokens, {} parameters",
         path.display(),
         name(meta.config.method),
@@ -128,15 +128,22 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
         report.parameters
     );
     if report.pairs.is_empty() {
-        println!("its matrices are dense: there are no factor pairs");
+        crate::say!("its matrices are dense: there are no factor pairs");
         return Ok(());
     }
-    println!(
+    crate::say!(
         "{:<20} {:>11} {:>5} {:>8} {:>8} {:>8} {:>11} {:>12}",
-        "pair", "shape", "rank", "σ(A)", "σ(B)", "σ(W)", "stable rank", "‖AᵀA − BᵀB‖"
+        "pair",
+        "shape",
+        "rank",
+        "σ(A)",
+        "σ(B)",
+        "σ(W)",
+        "stable rank",
+        "‖AᵀA − BᵀB‖"
     );
     for p in &report.pairs {
-        println!(
+        crate::say!(
             "{:<20} {:>11} {:>5} {:>8.4} {:>8.4} {:>8.4} {:>11.2} {:>12.4}",
             p.name,
             format!("{}×{}", p.outputs, p.inputs),

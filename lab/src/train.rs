@@ -177,16 +177,19 @@ impl Loop<'_> {
         let mut curve = Curve::new(directory.display().to_string(), &records);
         curve.validation.push((config.steps as f64, val_loss));
         plot::losses(&directory.join("loss.svg"), &[curve])?;
-        println!(
+        crate::say!(
             "validation loss {val_loss:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
-            summary.val_bits_per_byte, summary.tokens, summary.seconds, summary.tokens_per_second
+            summary.val_bits_per_byte,
+            summary.tokens,
+            summary.seconds,
+            summary.tokens_per_second
         );
-        println!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
+        crate::say!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
         if !self.args.quiet {
             let sampling = Sampling { tokens: 300, temperature: 0.8, top_k: None, seed: config.seed };
             let trainer = &self.trainer;
             let text = sample(&trainer.model, &trainer.params, config, b"\n", &sampling);
-            println!("--- a sample ---{}", String::from_utf8_lossy(&text));
+            crate::say!("--- a sample ---{}", String::from_utf8_lossy(&text));
         }
         Ok(())
     }

@@ -1,0 +1,291 @@
+//! The binary as a person uses it: train, stop, resume, evaluate, generate, inspect; and what bad input is answered with.
+//!
+//! Everything runs on a small made-up text and a model of a few thousand parameters. Losses that mean something are
+//! measured in docs/results.md, not here.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A model of 12,000 parameters.
+const SMALL: &str =
+    "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 4\nrank_ratio = 0.5\nadam_lr = 0.01\n";
+
+struct Desk {
+    dir: TempDir,
+}
+
+impl Desk {
+    /// A temporary directory with a text of 20 kB whose next byte can mostly be told, and a configuration.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let text: String = (0..2000).map(|i| format!("{} is odd. ", 2 * (i * i % 97) + 1)).collect();
+        std::fs::write(dir.path().join("text"), text).unwrap();
+        std::fs::write(dir.path().join("small.toml"), SMALL).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rankgrad"));
+        command.args(line.split_whitespace()).current_dir(self.dir.path());
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    /// Standard output of a command that must succeed.
+    fn ok(&self, line: &str) -> String {
+        let output = self.run(line);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}\n{errors}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Standard error of a command that must fail with one `error:` line or a usage message.
+    fn refused(&self, line: &str) -> String {
+        let output = self.run(line);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{line} succeeded");
+        assert!(errors.contains("error:") && !errors.contains("panicked"), "{line}\n{errors}");
+        errors
+    }
+
+    fn train(&self, out: &str, more: &str) -> String {
+        self.ok(&format!("train --data text --config small.toml --quiet --out {out} {more}"))
+    }
+
+    /// The tensors of a run's newest checkpoint, names and bits.
+    fn tensors(&self, run: &str) -> Vec<(String, Vec<u8>)> {
+        let bytes = std::fs::read(newest(&self.path(run))).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors: Vec<_> =
+            file.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect();
+        tensors.sort();
+        tensors
+    }
+}
+
+fn newest(run: &Path) -> PathBuf {
+    let files = std::fs::read_dir(run).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).max().unwrap()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn metrics(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn resuming_changes_no_bit() {
+    for method in ["spectron", "adamw", "dense-adamw"] {
+        let desk = Desk::new();
+        let flags = format!("--method {method} --steps 200 --eval-every 50 --weight-decay 0.1");
+        desk.train("whole", &flags);
+        desk.train("parts", &format!("{flags} --stop-after 100 --threads 1"));
+        assert!(!desk.path("parts/final.json").exists());
+        desk.ok("train --resume parts --quiet --threads 3");
+        assert_eq!(desk.tensors("whole"), desk.tensors("parts"), "{method}");
+        // the same records too, but for the times
+        let strip = |run: &str| -> Vec<Value> {
+            let mut records = metrics(&desk.path(run));
+            for record in &mut records {
+                let record = record.as_object_mut().unwrap();
+                record.retain(|key, _| !["seconds", "tokens_per_second"].contains(&key.as_str()));
+            }
+            records
+        };
+        assert_eq!(strip("whole"), strip("parts"));
+        assert_eq!(metrics(&desk.path("parts")).len(), 20);
+        assert_eq!(
+            json(&desk.path("whole/final.json"))["val_loss"],
+            json(&desk.path("parts/final.json"))["val_loss"]
+        );
+    }
+}
+
+#[test]
+fn a_run_learns_and_its_files_say_so() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 150 --lr 0.05 --seed 3 --checkpoint-every 40 --keep 2");
+    let summary = json(&desk.path("run/final.json"));
+    for key in ["val_bits_per_byte", "params", "tokens", "seconds", "tokens_per_second", "peak_memory_mib"] {
+        assert!(summary[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert_eq!(summary["steps"], 150);
+    assert_eq!(summary["method"], "spectron");
+    assert_eq!(summary["seed"], 3);
+    assert_eq!(summary["tokens"], 150 * 4 * 16);
+    // 13 different bytes of equal weight would be ln 13 = 2.56 nats
+    let loss = summary["val_loss"].as_f64().unwrap();
+    assert!(loss < 2.0, "{loss}");
+    let files = std::fs::read_dir(desk.path("run")).unwrap().count();
+    assert_eq!(files, 4 + 2, "config.toml, metrics.jsonl, final.json, loss.svg and two checkpoints");
+
+    let evaluation: Value = serde_json::from_str(&desk.ok("eval run --data text --json")).unwrap();
+    assert_eq!(evaluation["val_loss"], summary["val_loss"]);
+    assert!(evaluation["tokens"].as_u64().unwrap() > 1500);
+    let text = desk.ok("generate run --prompt 7 --tokens 40 --seed 5");
+    assert_eq!(text, desk.ok("generate run --prompt 7 --tokens 40 --seed 5"));
+    assert_ne!(text, desk.ok("generate run --prompt 7 --tokens 40 --seed 6"));
+    assert!(text.starts_with('7') && text.len() > 40);
+    let table = desk.ok("inspect run");
+    assert!(table.contains("blocks.1.down") && table.contains("σ(W)"), "{table}");
+    let report: Value = serde_json::from_str(&desk.ok("inspect run --json")).unwrap();
+    let pairs = report["pairs"].as_array().unwrap();
+    assert_eq!(pairs.len(), 2 * 7);
+    for pair in pairs {
+        let f = |key: &str| pair[key].as_f64().unwrap();
+        assert!(f("sigma_w") <= f("sigma_a") * f("sigma_b") * 1.0001 && f("stable_rank") >= 0.999, "{pair}");
+    }
+}
+
+#[test]
+fn micro_batches_make_one_batch() {
+    let desk = Desk::new();
+    desk.train("whole", "--steps 20 --batch 8 --log-every 1");
+    desk.train("parts", "--steps 20 --batch 2 --accumulate 4 --log-every 1");
+    for (a, b) in metrics(&desk.path("whole")).iter().zip(metrics(&desk.path("parts"))) {
+        let (a, b) = (a["loss"].as_f64().unwrap(), b["loss"].as_f64().unwrap());
+        assert!((a / b - 1.0).abs() < 1e-4, "{a} {b}"); // f32 sums in another order, over 20 steps
+    }
+}
+
+#[test]
+fn variants_of_the_model_train() {
+    let desk = Desk::new();
+    for (i, flags) in [
+        "--kv-heads 1 --tie",
+        "--zero-init-output --init orthogonal --schedule wsd",
+        "--method dense-adamw --lr 0.01 --zero-init-output --schedule linear",
+        "--rank-ratio 1 --schedule constant --clip 0",
+    ]
+    .iter()
+    .enumerate()
+    {
+        desk.train(&format!("run{i}"), &format!("--steps 30 {flags}"));
+        let loss = json(&desk.path(&format!("run{i}/final.json")))["val_loss"].as_f64().unwrap();
+        assert!(loss < 4.0, "{flags}: {loss}"); // from ln 256 = 5.5
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_saves_a_checkpoint() {
+    let desk = Desk::new();
+    let line = "train --data text --config small.toml --out run --steps 1000000 --log-every 1";
+    let mut child = desk.command(line).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    while std::fs::metadata(desk.path("run/metrics.jsonl")).map_or(0, |m| m.len()) < 1000 {
+        assert!(start.elapsed() < Duration::from_secs(60), "training did not start");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    assert!(child.wait().unwrap().success());
+    let mut errors = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut errors).unwrap();
+    assert!(errors.contains("interrupted after step") && errors.contains("--resume run"), "{errors}");
+    let steps = metrics(&desk.path("run")).len();
+    assert!(newest(&desk.path("run")).ends_with(format!("step-{steps:08}.safetensors")));
+}
+
+#[test]
+fn a_run_that_diverges_says_where_and_keeps_its_checkpoint() {
+    let desk = Desk::new();
+    let errors = desk.refused(
+        "train --data text --config small.toml --out run --steps 50 --method adamw --lr 1e30 --adam-lr 1e30 \
+         --checkpoint-every 1",
+    );
+    assert!(errors.contains("step ") && errors.contains("not finite"), "{errors}");
+    desk.ok("inspect run"); // what was saved last still loads
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_loses_nothing() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 20 --stop-after 10");
+    let before = desk.tensors("run");
+    // no file may grow beyond 8 blocks of 1 KiB: the next checkpoint cannot be written
+    let line = format!("trap '' XFSZ; ulimit -f 8; {} train --resume run", env!("CARGO_BIN_EXE_rankgrad"));
+    let output = Command::new("bash").args(["-c", &line]).current_dir(desk.dir.path()).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && errors.contains("cannot write"), "{errors}");
+    assert_eq!(before, desk.tensors("run"));
+    assert!(!desk.path("run/.writing").exists());
+    desk.ok("train --resume run --quiet");
+}
+
+#[test]
+fn bad_input_is_answered_by_name() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("empty"), "").unwrap();
+    std::fs::write(desk.path("short"), "to be or not").unwrap();
+    std::fs::write(desk.path("bad.toml"), "rank_ration = 0.5\n").unwrap();
+    std::fs::write(desk.path("foreign.safetensors"), b"not a checkpoint").unwrap();
+    std::fs::create_dir(desk.path("nothing")).unwrap();
+    desk.train("run", "--steps 2");
+    let whole = std::fs::read(newest(&desk.path("run"))).unwrap();
+    std::fs::write(desk.path("cut.safetensors"), &whole[..whole.len() - 100]).unwrap();
+    for (line, says) in [
+        ("train --data missing", "missing"),
+        ("train --data empty", "empty"),
+        ("train --data short", "context + 1"),
+        ("train --data nothing", "no files"),
+        ("train --data text --rank-ratio 0", "(0, 1]"),
+        ("train --data text --rank-ratio 1.5", "(0, 1]"),
+        ("train --data text --heads 3", "does not divide dim"),
+        ("train --data text --kv-heads 3", "does not divide heads"),
+        ("train --data text --dim 12 --heads 4", "odd size 3"),
+        ("train --preset smal", "small"),
+        ("train --method spektron", "spectron"),
+        ("train --stepz 3", "--steps"),
+        ("train --config bad.toml", "rank_ratio"),
+        ("train --data text --steps 0", "steps is 0"),
+        ("train --data text --batch 0", "batch is 0"),
+        ("train --data text --context 0", "context is 0"),
+        ("train --data text --out run", "already holds a run"),
+        ("train --data text --out /proc/nowhere", "/proc/nowhere"),
+        ("train --resume nothing", "no checkpoint"),
+        ("train --resume run --steps 7", "steps"),
+        ("train --resume run --data short", "text"),
+        ("eval foreign.safetensors --data text", "safetensors"),
+        ("eval cut.safetensors --data text", "truncated"),
+        ("eval missing", "missing"),
+        ("generate run --top-k 0", "--top-k is 0"),
+        ("generate run --temperature -1", "--temperature is -1"),
+        ("inspect text", "truncated, damaged or not a safetensors file"),
+    ] {
+        let errors = desk.refused(line);
+        // `--data short` has other bytes than the run: too short, or another hash
+        let expected = if says == "text" { "context + 1" } else { says };
+        assert!(errors.contains(expected), "{line}: expected {expected:?} in\n{errors}");
+    }
+    let mut empty_prompt = desk.command("generate run --prompt");
+    let output = empty_prompt.arg("").output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--prompt is empty"));
+    // nothing half-written was left behind by all that
+    assert!(!desk.path("runs").exists());
+}
+
+#[test]
+fn resuming_on_other_data_is_refused() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 4 --stop-after 2");
+    std::fs::write(desk.path("other"), "another text, long enough for it. ".repeat(100)).unwrap();
+    let errors = desk.refused("train --resume run --data other");
+    assert!(errors.contains("data differs"), "{errors}");
+}
