@@ -2,7 +2,8 @@
 
 Contenders: rankgrad; "stock", PyTorch as the wheel comes; with --best also "best": MKL's fast path opened on processors
 that are not Intel's, and the faster of eager and torch.compile. Each run is a process of its own (torch_bench.py or
-`rankgrad bench`). Not a statement about a GPU, nor about loss. Close other programs first: the table's min–max tells.
+`rankgrad bench`). Not a statement about a GPU, nor about loss. Needs a quiet machine: PyTorch's threads wait by spinning,
+so that other programs slow it far more than their share; "others" in the table is the share of the cores they took.
 Install: benches/compare.sh does it, or: python -m venv .venv && .venv/bin/pip install torch==2.15.0 numpy
 Run:     cargo build --release && python compare.py [--presets tiny small] [--rounds 5] [--best] [--out FILE]
 """
@@ -12,10 +13,12 @@ import json
 import os
 from pathlib import Path
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+from time import perf_counter
 
 HERE = Path(__file__).resolve().parent
 PARTS = ["forward_ms", "backward_ms", "optimizer_ms", "step_ms"]
@@ -30,12 +33,25 @@ def build_shim(folder: Path) -> Path:
     return library
 
 
+def busy_seconds() -> float:
+    """CPU time that all programs together have used, the hypervisor's share included; NaN where Linux does not tell."""
+    try:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return float("nan")
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
+
+
 def run(command: list, extra_env: dict) -> dict:
+    start, busy, own = perf_counter(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([str(c) for c in command], env={**os.environ, **extra_env}, stdout=subprocess.PIPE, text=True)
+    wall, used = perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    own_seconds = used.ru_utime + used.ru_stime - own.ru_utime - own.ru_stime
+    others = max(busy_seconds() - busy - own_seconds, 0.0) / (wall * os.cpu_count())
     if done.returncode != 0:
         sys.exit(f"compare: exit status {done.returncode} from: {' '.join(map(str, command))}")
     try:
-        return json.loads(done.stdout)
+        return {**json.loads(done.stdout), "others": others}
     except json.JSONDecodeError as error:
         sys.exit(f"compare: no JSON object on stdout ({error}) from: {' '.join(map(str, command))}\n{done.stdout}")
 
@@ -68,13 +84,14 @@ def processor() -> str:
 
 def show(case: dict):
     print(f"\n{case['preset']}, {case['method']}")
-    print(f"{'':16}{'tokens/s, median (min–max)':>30}{'ratio':>8}" + "".join(f"{p:>14}" for p in PARTS) + f"{'MiB':>8}")
+    print(f"{'':16}{'tokens/s, median (min–max)':>30}{'ratio':>8}" + "".join(f"{p:>14}" for p in PARTS) + f"{'MiB':>8}{'others':>8}")
     for name, c in case["contenders"].items():
         speed = c["summary"]["tokens_per_second"]
         label = name + (" compiled" if c["runs"][0].get("compiled") else "")
         text = f"{speed['median']:,.0f} ({speed['min']:,.0f}–{speed['max']:,.0f})"
         parts = "".join(f"{c['summary'][p]['median']:14.2f}" for p in PARTS)
-        print(f"{label:16}{text:>30}{c['ratio']:8.2f}{parts}{c['summary']['peak_memory_mib']['median']:8.0f}")
+        print(f"{label:16}{text:>30}{c['ratio']:8.2f}{parts}{c['summary']['peak_memory_mib']['median']:8.0f}"
+              f"{c['summary']['others']['max']:8.0%}")
 
 
 def main():
@@ -102,7 +119,7 @@ def main():
                     for name in list(commands)[:: -1 if r % 2 else 1]:
                         runs[name].append(run(*commands[name]))
                 summary = {
-                    name: {key: spread(rs, key) for key in [*PARTS, "tokens_per_second", "peak_memory_mib"]}
+                    name: {key: spread(rs, key) for key in [*PARTS, "tokens_per_second", "peak_memory_mib", "others"]}
                     for name, rs in runs.items()
                 }
                 speed = {name: s["tokens_per_second"]["median"] for name, s in summary.items()}
@@ -115,6 +132,9 @@ def main():
                 })
                 show(cases[-1])
     print("\nratio: tokens per second of rankgrad over those of the line; above 1 rankgrad is the faster.")
+    worst = max(c["summary"]["others"]["max"] for case in cases for c in case["contenders"].values())
+    if worst > 0.05:
+        print(f"Do not quote this table: other programs took up to {worst:.0%} of the cores during a run.")
     if args.out:
         machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()}
         out = {"machine": machine, "threads": args.threads, "rounds": args.rounds, "cases": cases}
