@@ -38,8 +38,11 @@ impl<B: Backend> FactorPair<B> {
     /// If the ranks differ.
     #[track_caller]
     pub fn new(a: Tensor<B>, b: Tensor<B>) -> Self {
-        let ((_, r), (_, s)) = (a.shape().matrix("FactorPair"), b.shape().matrix("FactorPair"));
-        assert!(r == s, "FactorPair: A {} and B {} are of different rank, {r} and {s}", a.shape(), b.shape());
+        let (sa, sb) = (a.shape(), b.shape());
+        let (&[_, r], &[_, s]) = (sa.dims(), sb.dims()) else {
+            panic!("FactorPair: A {sa} and B {sb} must be matrices")
+        };
+        assert!(r == s, "FactorPair: A {sa} and B {sb} are of different rank, {r} and {s}");
         Self { a, b }
     }
 
