@@ -116,10 +116,11 @@ impl Gram {
             let unit: Vec<f64> = v.iter().map(|v| v / norm).collect();
             v = (0..r).map(|i| dot(&self.g[i * r..][..r], &unit)).collect();
             let next = dot(&v, &unit);
-            if !(next > lambda * (1.0 + 1e-5)) {
+            let grew = next > lambda * (1.0 + 1e-5); // false for NaN
+            lambda = lambda.max(next);
+            if !grew {
                 break;
             }
-            lambda = next;
         }
         lambda * self.scale * self.scale
     }
