@@ -18,8 +18,9 @@ pub struct GradCheck {
     pub analytic: f64,
     /// The same from differences of the function's values.
     pub numeric: f64,
-    /// |analytic − numeric| relative to the larger of the two, or to the gradient's typical component along a random
-    /// direction where the two happen to cancel.
+    /// |analytic − numeric| relative to the larger of the two; or to the gradient's typical component along a random
+    /// direction, where that happens to be larger; or to 1e7 times the rounding error of the difference, so that a
+    /// derivative that is zero shows an error of about 1e-7 and not of 1.
     pub error: f64,
 }
 
@@ -59,7 +60,9 @@ pub fn gradcheck(
     let vars: Vec<_> = inputs.iter().map(|x| tape.leaf(x)).collect();
     let y = f(&tape, &vars);
     let weight = normal(&y.value()); // like y
-    let mut grads = (y * tape.constant(&weight)).sum().backward();
+    let weighted = y * tape.constant(&weight); // like y
+    let size = weighted.value().norm();
+    let mut grads = weighted.sum().backward();
 
     let loss = |inputs: &[T64]| {
         let tape = Tape::new(&cpu);
@@ -77,10 +80,11 @@ pub fn gradcheck(
                 moved[i].axpby(steps * h, &direction, 1.0);
                 loss(&moved)
             };
-            let numeric = (at(-2.0) - 8.0 * at(-1.0) + 8.0 * at(1.0) - at(2.0)) / (12.0 * h);
+            let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * h);
             let analytic = dot(&grad, &direction);
             let typical = grad.norm() / (grad.len() as f64).sqrt();
-            let scale = analytic.abs().max(numeric.abs()).max(typical);
+            let rounding = f64::EPSILON * size / h;
+            let scale = analytic.abs().max(numeric.abs()).max(typical).max(1e7 * rounding);
             let error = if scale == 0.0 { 0.0 } else { (analytic - numeric).abs() / scale };
             GradCheck { input: i, analytic, numeric, error }
         })

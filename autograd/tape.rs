@@ -2,8 +2,8 @@
 //!
 //! Letters: x, y variables; dy the gradient of the loss with respect to y.
 
-use crate::tensor::{Accum, Backend, Mat, Shape, Tensor, same_shape};
-use std::cell::RefCell;
+use crate::tensor::{Accum, Backend, Mat, Shape, Tensor};
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::panic::Location;
 
@@ -25,6 +25,8 @@ struct Node<B: Backend> {
 pub struct Tape<B: Backend> {
     device: B,
     nodes: RefCell<Vec<Node<B>>>,
+    /// Whether backward() has run: old variables must not meet new nodes.
+    consumed: Cell<bool>,
 }
 
 /// A value on a tape. `Copy`; ops are its methods.
@@ -47,7 +49,7 @@ pub struct VarId(usize);
 impl<B: Backend> Tape<B> {
     /// An empty tape for tensors on `device`.
     pub fn new(device: &B) -> Self {
-        Self { device: device.clone(), nodes: RefCell::default() }
+        Self { device: device.clone(), nodes: RefCell::default(), consumed: Cell::new(false) }
     }
 
     /// The device of the tape's tensors.
@@ -109,6 +111,7 @@ impl<B: Backend> Tape<B> {
         wanted: bool,
         backward: Option<Backward<B>>,
     ) -> Var<'_, B> {
+        assert!(!self.consumed.get(), "{op}: this tape was consumed by backward(); start a new one");
         let mut nodes = self.nodes.borrow_mut();
         nodes.push(Node { op, line: Location::caller(), value, wanted, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
@@ -190,6 +193,7 @@ impl<'t, B: Backend> Var<'t, B> {
         let shape = self.shape();
         assert!(shape.len() == 1, "backward: the loss has shape {shape}; reduce it with sum() or mean()");
         let tape = self.tape;
+        tape.consumed.set(true);
         let mut grads = {
             let nodes = tape.nodes.borrow();
             Grads {
@@ -240,10 +244,7 @@ impl<B: Backend> Grads<B> {
         let shape = self.shapes[x.0];
         assert!(dx.shape() == shape, "gradient: {} for a variable of shape {shape}", dx.shape());
         match &mut self.slots[x.0] {
-            Some(sum) => {
-                same_shape("gradient", sum, &dx);
-                sum.axpby(1.0, &dx, 1.0);
-            }
+            Some(sum) => sum.axpby(1.0, &dx, 1.0),
             empty => *empty = Some(dx),
         }
     }

@@ -4,7 +4,8 @@
 //! batch of same-shaped matrices, so that a device can run it as one batch.
 //! Letters: M input, X iterate, G Gram matrix of X over its shorter side, U·Σ·Vᵀ the SVD of M.
 
-use crate::tensor::{Accum, Backend, Mat, Tensor};
+use super::spectral::unit;
+use crate::tensor::{Accum, Backend, Mat, Tensor, same_shape};
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,7 +34,7 @@ impl NewtonSchulz {
 ///
 /// M is first divided by ‖M‖_F, which is at least its largest singular value, so that all start in [0, 1]. The singular
 /// vectors never change; each singular value follows [`NewtonSchulz::map`]. With the default, five steps bring
-/// σ/‖M‖_F ≥ 1.5e-3 into [0.68, 1.2024], and no σ can exceed 1.2024 (the map's maximum on [0, 1] is 1.20237, and it sends
+/// σ/‖M‖_F ≥ 1.51e-3 into [0.68, 1.2024], and no σ can exceed 1.2024 (the map's maximum on [0, 1] is 1.20237, and it sends
 /// [0, 1.2024] into itself).
 ///
 /// # Panics
@@ -41,8 +42,10 @@ impl NewtonSchulz {
 #[track_caller]
 pub fn newton_schulz<B: Backend>(batch: &[&Tensor<B>], how: NewtonSchulz) -> Vec<Tensor<B>> {
     let Some(first) = batch.first() else { return Vec::new() };
-    let shape = first.shape();
-    let (p, q) = shape.matrix("newton_schulz");
+    let (p, q) = first.shape().matrix("newton_schulz");
+    for m in batch {
+        same_shape("newton_schulz", first, m);
+    }
     let [a, b, c] = how.coefficients;
     let tall = p >= q;
     let r = p.min(q);
@@ -51,7 +54,7 @@ pub fn newton_schulz<B: Backend>(batch: &[&Tensor<B>], how: NewtonSchulz) -> Vec
         batch.iter().map(|_| Tensor::scratch(device, shape)).collect()
     };
 
-    let mut xs: Vec<_> = batch.iter().map(|m| unit_norm(m)).collect(); // [p, q] each
+    let mut xs: Vec<_> = batch.iter().map(|m| unit(m).0).collect(); // [p, q] each
     let (mut gs, mut squares) = (scratch([r, r]), scratch([r, r])); // [r, r] each
     for _ in 0..how.steps {
         // G = XᵀX, over the shorter side
@@ -78,17 +81,4 @@ pub fn newton_schulz<B: Backend>(batch: &[&Tensor<B>], how: NewtonSchulz) -> Vec
 
 fn products<B: Backend>(a: &[Mat<B>], b: &[Mat<B>], c: &mut [Tensor<B>], accum: Accum) {
     B::gemm(a, b, &mut c.iter_mut().collect::<Vec<_>>(), accum);
-}
-
-/// M / ‖M‖_F, or 0. In two factors where 1/‖M‖ itself would overflow the element type.
-fn unit_norm<B: Backend>(m: &Tensor<B>) -> Tensor<B> {
-    let norm = m.norm();
-    if norm == 0.0 {
-        return m.zeros_like(); // [p, q]
-    }
-    if norm > 1e-30 {
-        return m.scale(1.0 / norm); // [p, q]
-    }
-    let grown = m.scale(1e30); // [p, q]
-    grown.scale(1.0 / grown.norm()) // [p, q]
 }

@@ -1,9 +1,10 @@
 //! A matrix kept as two factors, W = A·Bᵀ, and what can be done with it as data. Training it is spectron.rs's business.
 //!
-//! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64 through nalgebra.
+//! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64, on nalgebra matrices.
 
+use super::init::dot;
 use crate::tensor::{Backend, Scalar, Tensor};
-use nalgebra::DMatrix;
+use nalgebra::{DMatrix, DVector};
 
 /// A factor pair: the m×n matrix W = A·Bᵀ of rank at most r. Its gradient, and its momentum, are factor pairs too.
 ///
@@ -38,8 +39,11 @@ impl<B: Backend> FactorPair<B> {
     /// If the ranks differ.
     #[track_caller]
     pub fn new(a: Tensor<B>, b: Tensor<B>) -> Self {
-        let ((_, r), (_, s)) = (a.shape().matrix("FactorPair"), b.shape().matrix("FactorPair"));
-        assert!(r == s, "FactorPair: A {} and B {} are of different rank, {r} and {s}", a.shape(), b.shape());
+        let (sa, sb) = (a.shape(), b.shape());
+        let (&[_, r], &[_, s]) = (sa.dims(), sb.dims()) else {
+            panic!("FactorPair: A {sa} and B {sb} must be matrices")
+        };
+        assert!(r == s, "FactorPair: A {sa} and B {sb} are of different rank, {r} and {s}");
         Self { a, b }
     }
 
@@ -99,12 +103,9 @@ impl<B: Backend> FactorPair<B> {
             w.shape(),
             m.min(n)
         );
-        let svd = to_nalgebra(w).svd(true, true);
-        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
-        let sigma = svd.singular_values;
-        let root = |j: usize| sigma[j].sqrt();
-        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * root(j));
-        let b = DMatrix::from_fn(n, r, |i, j| v_t[(j, i)] * root(j));
+        let (u, sigma, v) = svd(&to_nalgebra(w));
+        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * sigma[j].sqrt());
+        let b = DMatrix::from_fn(n, r, |i, j| v[(i, j)] * sigma[j].sqrt());
         let dropped: f64 = sigma.iter().skip(r).map(|s| s * s).sum();
         (Self::from_nalgebra(w.device(), &a, &b), dropped.sqrt())
     }
@@ -116,12 +117,11 @@ impl<B: Backend> FactorPair<B> {
     pub fn balance(&self) -> Self {
         let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
         let ((qa, ra), (qb, rb)) = (qr(&self.a), qr(&self.b));
-        let svd = (ra * rb.transpose()).svd(true, true);
-        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
-        let root = DMatrix::from_diagonal(&svd.singular_values.map(f64::sqrt));
+        let (u, sigma, v) = svd(&(ra * rb.transpose()));
+        let root = DMatrix::from_diagonal(&DVector::from_vec(sigma).map(f64::sqrt));
         let r = self.rank();
         let widen = |x: DMatrix<f64>| x.resize_horizontally(r, 0.0);
-        let (a, b) = (widen(qa * u * &root), widen(qb * v_t.transpose() * root));
+        let (a, b) = (widen(qa * u * &root), widen(qb * v * root));
         Self::from_nalgebra(self.a.device(), &a, &b)
     }
 
@@ -134,8 +134,7 @@ impl<B: Backend> FactorPair<B> {
     /// The singular values of W, largest first, r of them at most, from the r×r core of two QR decompositions.
     pub fn singular_values(&self) -> Vec<f64> {
         let r = |x: &Tensor<B>| to_nalgebra(x).qr().r();
-        let core = r(&self.a) * r(&self.b).transpose();
-        core.singular_values().iter().copied().collect()
+        svd(&(r(&self.a) * r(&self.b).transpose())).1
     }
 
     fn from_nalgebra(device: &B, a: &DMatrix<f64>, b: &DMatrix<f64>) -> Self {
@@ -150,4 +149,69 @@ impl<B: Backend> FactorPair<B> {
 /// A matrix as nalgebra's, in f64.
 fn to_nalgebra<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
     DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
+}
+
+/// X = U·diag(σ)·Vᵀ, σ descending; min(m, n) columns, where a zero σ leaves a zero column in V (in U if X is wide).
+///
+/// One-sided Jacobi (Hestenes 1958) on the triangle of a QR decomposition, where it converges fast (Drmač & Veselić 2008):
+/// columns are turned in pairs until all are orthogonal. nalgebra 0.34 has an SVD too, but where singular values are equal,
+/// zero or decades apart, its U·Σ·Vᵀ is often not X, by up to a tenth (dimforge/nalgebra, issue 1172).
+fn svd(x: &DMatrix<f64>) -> (DMatrix<f64>, Vec<f64>, DMatrix<f64>) {
+    if x.nrows() < x.ncols() {
+        let (v, sigma, u) = svd(&x.transpose());
+        return (u, sigma, v);
+    }
+    let scale = x.amax();
+    if scale == 0.0 {
+        let n = x.ncols();
+        return (DMatrix::zeros(x.nrows(), n), vec![0.0; n], DMatrix::zeros(n, n));
+    }
+    let (q, r) = (x / scale).qr().unpack(); // [m, n], [n, n]
+    let n = r.ncols();
+    // Rᵀ·Z = Y with orthogonal columns: then R = Z·Yᵀ, U = Q·Z and V·Σ = Y
+    let columns =
+        |x: DMatrix<f64>| -> Vec<Vec<f64>> { x.column_iter().map(|c| c.iter().copied().collect()).collect() };
+    let (mut y, mut z) = (columns(r.transpose()), columns(DMatrix::identity(n, n)));
+    let tolerance = n as f64 * f64::EPSILON;
+    let mut turned = true;
+    for _ in 0..60 {
+        // 6 to 10 sweeps are usual
+        if !std::mem::take(&mut turned) {
+            break;
+        }
+        for j in 1..n {
+            for i in 0..j {
+                let (a, b, c) = (dot(&y[i], &y[i]), dot(&y[j], &y[j]), dot(&y[i], &y[j]));
+                if c.abs() > tolerance * (a * b).sqrt() {
+                    turned = true;
+                    let zeta = (b - a) / (2.0 * c);
+                    let tangent = 1f64.copysign(zeta) / (zeta.abs() + zeta.hypot(1.0));
+                    for columns in [&mut y, &mut z] {
+                        turn(columns, i, j, tangent);
+                    }
+                }
+            }
+        }
+    }
+    let sigma: Vec<f64> = y.iter().map(|y| dot(y, y).sqrt()).collect();
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|&i, &j| sigma[j].total_cmp(&sigma[i]));
+    let v =
+        DMatrix::from_fn(
+            n,
+            n,
+            |i, j| if sigma[order[j]] > 0.0 { y[order[j]][i] / sigma[order[j]] } else { 0.0 },
+        );
+    let z = DMatrix::from_fn(n, n, |i, j| z[order[j]][i]);
+    (q * z, order.iter().map(|&j| sigma[j] * scale).collect(), v)
+}
+
+/// Turns columns i < j in their plane by the angle whose tangent is given.
+fn turn(columns: &mut [Vec<f64>], i: usize, j: usize, tangent: f64) {
+    let cos = 1.0 / tangent.hypot(1.0);
+    let sin = cos * tangent;
+    let (left, right) = columns.split_at_mut(j);
+    for (x, y) in left[i].iter_mut().zip(&mut right[0]) {
+        (*x, *y) = (cos * *x - sin * *y, sin * *x + cos * *y);
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! An estimate from below, always. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
-use crate::tensor::{Backend, Scalar, Tensor};
+use crate::tensor::{Backend, Scalar, Tensor, product_shape};
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
 /// u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖; σ ≈ uᵀWv, which is ‖Wᵀu‖ as v stands. The vectors `u` are kept between calls: a matrix
@@ -12,6 +12,10 @@ use crate::tensor::{Backend, Scalar, Tensor};
 /// If a u does not have as many elements as its W has rows.
 #[track_caller]
 pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> Vec<f64> {
+    assert!(ws.len() == us.len(), "power_iteration: {} matrices, {} vectors", ws.len(), us.len());
+    for (w, u) in ws.iter().zip(&*us) {
+        product_shape("power_iteration", w.t(), u.into());
+    }
     let one = |(w, u): (&&Tensor<B>, &mut Tensor<B>)| {
         let mut v = w.t().matmul(&*u); // [q, 1]
         let mut sigma = v.norm() / u.norm();
@@ -29,11 +33,17 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
     ws.iter().zip(us).map(one).collect()
 }
 
-/// x/‖x‖ (x itself if it is zero) and ‖x‖.
-fn unit<B: Backend>(x: &Tensor<B>) -> (Tensor<B>, f64) {
+/// x/‖x‖ (x itself if it is zero) and ‖x‖. In two factors where 1/‖x‖ is not a normal number of the element type.
+pub(super) fn unit<B: Backend>(x: &Tensor<B>) -> (Tensor<B>, f64) {
     let norm = x.norm();
-    let scale = if norm > 0.0 { 1.0 / norm } else { 1.0 };
-    (x.scale(scale), norm)
+    if norm == 0.0 {
+        return (x.clone(), 0.0); // like x
+    }
+    if (1e-30..1e30).contains(&norm) {
+        return (x.scale(1.0 / norm), norm); // like x
+    }
+    let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
+    (nearer.scale(1.0 / nearer.norm()), norm) // like x
 }
 
 /// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not

@@ -3,7 +3,7 @@
 //! Letters: W = A·Bᵀ, A [m, r], B [n, r]; M momentum, O orthogonalised momentum, σ spectral norm, η learning rate,
 //! ρ radius: how far a factor moves, in spectral norm.
 
-use super::optimizer::{Rule, State};
+use super::optimizer::{Rule, State, same_count};
 use super::{FactorPair, NewtonSchulz, newton_schulz, power_iteration, start_vector};
 use crate::tensor::{Backend, Tensor};
 
@@ -67,6 +67,7 @@ impl<B: Backend> Spectron<B> {
 
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: f64, _t: u64) {
+        same_count("spectron", pairs.len(), grads.len(), self.momentum.len());
         for (m, g) in self.momentum.iter_mut().zip(grads) {
             m.a.axpby(1.0 - self.beta, &g.a, self.beta);
             m.b.axpby(1.0 - self.beta, &g.b, self.beta);

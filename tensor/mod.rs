@@ -155,10 +155,11 @@ impl<B: Backend> Tensor<B> {
         Mat { tensor: self, transposed: true }
     }
 
-    /// The matrix product `self · other`, [m, k] · [k, n] → [m, n]; either side may be transposed with [`Tensor::t`].
+    /// The matrix product `self · other`, [m, k] · [k, n] → [m, n]; either side may be transposed with [`Tensor::t`]. A
+    /// tensor of another rank counts as its rows × its last axis.
     ///
     /// # Panics
-    /// If an operand is not a matrix or the inner sizes differ.
+    /// If the inner sizes differ.
     #[track_caller]
     pub fn matmul<'a>(&'a self, other: impl Into<Mat<'a, B>>) -> Self {
         Mat::from(self).matmul(other)

@@ -34,6 +34,10 @@ impl Shape {
     }
 
     /// The same shape with another last axis.
+    ///
+    /// # Panics
+    /// If there is no last axis.
+    #[track_caller]
     pub fn with_cols(mut self, cols: usize) -> Self {
         assert!(self.rank > 0, "with_cols: {self} has no last axis");
         self.dims[self.rank - 1] = cols;

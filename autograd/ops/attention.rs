@@ -45,7 +45,11 @@ impl<'t, B: Backend> Var<'t, B> {
             x.shape()
         );
         let end = offset + len;
-        assert!(end <= positions, "rope: position {end} is past the table's {positions}");
+        assert!(
+            end <= positions,
+            "rope: {} reaches positions {offset}..{end}, but the table has {positions}",
+            x.shape()
+        );
         let y = B::rope(&x, &table, len, offset, false); // like x
         let ix = self.id();
         self.tape().record("rope", &[self], y, move |dy, grads| {

@@ -36,9 +36,11 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     fn product(self, ta: bool, other: Self, tb: bool) -> Self {
         let (a, b) = (self.value(), other.value());
-        a.shape().matrix("matmul");
-        b.shape().matrix("matmul");
         let (left, right) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+        assert!(
+            a.shape().dims().len() == 2 && b.shape().dims().len() == 2,
+            "matmul: {left} · {right}: both must be matrices"
+        );
         let y = left.matmul(right); // [m, n]
         let (ia, ib) = (self.id(), other.id());
         self.tape().record("matmul", &[self, other], y, move |dy, grads| {
@@ -64,7 +66,7 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn linear(self, w: Self) -> Self {
         let (x, wt) = (self.value(), w.value());
-        wt.shape().matrix("linear");
+        assert!(wt.shape().dims().len() == 2, "linear: {} · {}: W must be a matrix", x.shape(), wt.t());
         let (_, m) = product_shape("linear", (&x).into(), wt.t());
         let y = x.matmul(wt.t()).reshape(x.shape().with_cols(m)); // [.., m]
         let (ix, iw) = (self.id(), w.id());
@@ -81,14 +83,19 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn lowrank_linear(self, a: Self, b: Self) -> Self {
         let (x, a_, b_) = (self.value(), a.value(), b.value());
-        let ((m, r), (_, r_b)) = (a_.shape().matrix("lowrank_linear"), b_.shape().matrix("lowrank_linear"));
+        let (xs, sa, sb) = (x.shape(), a_.shape(), b_.shape());
+        let (&[m, r], &[n, r_b]) = (sa.dims(), sb.dims()) else {
+            panic!("lowrank_linear: x {xs}, A {sa}, B {sb}: A and B must be matrices")
+        };
         assert!(
             r == r_b,
-            "lowrank_linear: A {} and B {} are of different rank, {r} and {r_b}",
-            a_.shape(),
-            b_.shape()
+            "lowrank_linear: x {xs}, A {sa}, B {sb}: the ranks {r} and {r_b} of A and B differ"
         );
-        product_shape("lowrank_linear", (&x).into(), (&b_).into());
+        assert!(
+            xs.cols() == n,
+            "lowrank_linear: x {xs}, A {sa}, B {sb}: inner sizes {} of x and {n} of B differ",
+            xs.cols()
+        );
         let h = x.matmul(&b_); // [N, r]
         let y = h.matmul(a_.t()).reshape(x.shape().with_cols(m)); // [.., m]
         let (ix, ia, ib) = (self.id(), a.id(), b.id());

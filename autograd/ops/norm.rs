@@ -3,7 +3,7 @@
 //! Letters: d row length, g gain [d], b bias [d].
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Tensor};
+use crate::tensor::Backend;
 
 impl<'t, B: Backend> Var<'t, B> {
     /// eˣ / Σ eˣ over the last axis.
@@ -21,7 +21,8 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn rms_norm(self, gain: Self, eps: f64) -> Self {
         let (x, g) = (self.value(), gain.value());
-        row_vector("rms_norm", "gain", &x, &g);
+        let (d, gs) = (x.cols(), g.shape());
+        assert!(gs.dims() == [d], "rms_norm: {} needs a gain of shape [{d}], not {gs}", x.shape());
         let [y, inv_rms] = B::rms_norm(&x, &g, eps); // [.., d], [N]
         let (ix, ig) = (self.id(), gain.id());
         self.tape().record("rms_norm", &[self, gain], y, move |dy, grads| {
@@ -38,8 +39,12 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn layer_norm(self, gain: Self, bias: Self, eps: f64) -> Self {
         let (x, g, b) = (self.value(), gain.value(), bias.value());
-        row_vector("layer_norm", "gain", &x, &g);
-        row_vector("layer_norm", "bias", &x, &b);
+        let (d, gs, bs) = (x.cols(), g.shape(), b.shape());
+        assert!(
+            gs.dims() == [d] && bs.dims() == [d],
+            "layer_norm: {} needs a gain and a bias of shape [{d}], not {gs} and {bs}",
+            x.shape()
+        );
         let [y, stats] = B::layer_norm(&x, &g, &b, eps); // [.., d], [N, 2]
         let (ix, ig, ib) = (self.id(), gain.id(), bias.id());
         self.tape().record("layer_norm", &[self, gain, bias], y, move |dy, grads| {
@@ -49,10 +54,4 @@ impl<'t, B: Backend> Var<'t, B> {
             grads.add(ib, db);
         })
     }
-}
-
-#[track_caller]
-fn row_vector<B: Backend>(op: &str, what: &str, x: &Tensor<B>, v: &Tensor<B>) {
-    let (x, v) = (x.shape(), v.shape());
-    assert!(v.dims() == [x.cols()], "{op}: {x} needs a {what} of shape [{}], not {v}", x.cols());
 }

@@ -3,7 +3,7 @@
 //! Letters: N tokens, v vocabulary, d width.
 
 use crate::autograd::Var;
-use crate::tensor::Backend;
+use crate::tensor::{Backend, Shape};
 
 impl<'t, B: Backend> Var<'t, B> {
     /// Row `ids[i]` of this table [v, d], for each i → [N, d].
@@ -14,7 +14,7 @@ impl<'t, B: Backend> Var<'t, B> {
     pub fn embedding(self, ids: &[u32]) -> Self {
         let table = self.value();
         let (v, _) = table.shape().matrix("embedding");
-        in_vocabulary("embedding", "id", ids, v);
+        in_vocabulary("embedding", "id", ids, table.shape(), v);
         let y = B::embedding(&table, ids); // [N, d]
         let (it, shape, ids) = (self.id(), table.shape(), ids.to_vec());
         self.tape().record("embedding", &[self], y, move |dy, grads| {
@@ -36,7 +36,7 @@ impl<'t, B: Backend> Var<'t, B> {
             logits.rows(),
             targets.len()
         );
-        in_vocabulary("cross_entropy", "target", targets, logits.cols());
+        in_vocabulary("cross_entropy", "target", targets, logits.shape(), logits.cols());
         let [loss, dlogits] = B::cross_entropy(&logits, targets); // [1], [.., v]
         let ix = self.id();
         self.tape().record("cross_entropy", &[self], loss, move |dy, grads| {
@@ -48,8 +48,8 @@ impl<'t, B: Backend> Var<'t, B> {
 }
 
 #[track_caller]
-fn in_vocabulary(op: &str, what: &str, ids: &[u32], v: usize) {
+fn in_vocabulary(op: &str, what: &str, ids: &[u32], of: Shape, v: usize) {
     if let Some((i, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= v) {
-        panic!("{op}: {what} {id} at position {i} is outside the vocabulary of {v}");
+        panic!("{op}: {what} {id} at position {i} is outside the vocabulary of {v} in {of}");
     }
 }

@@ -46,6 +46,12 @@ impl<T> Head<*mut T> {
     }
 }
 
+/// All elements of `x`, which has the shape of `like`; the slice refuses a buffer shorter than that.
+fn whole<'a, T: Scalar>(x: &'a Cpus<T>, like: &Cpus<T>) -> &'a [T] {
+    assert!(x.shape() == like.shape(), "attention: {} in place of {}", x.shape(), like.shape());
+    &x.buffer()[..x.len()]
+}
+
 /// C ← A·B + beta·C, where `ta`/`tb` read A/B transposed; sizes m, k, n.
 ///
 /// # Safety
@@ -76,6 +82,11 @@ struct Sizes {
 impl Sizes {
     fn new<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, how: Attention) -> Self {
         let h = q.cols() / how.heads;
+        // what the unsafe products below rely on; callers have said it in their own words
+        assert!(q.cols() == how.heads * h && k.cols() == how.kv_heads * h, "attention: head sizes");
+        assert!(how.heads.is_multiple_of(how.kv_heads), "attention: head groups");
+        assert!(q.rows().is_multiple_of(how.batch) && k.rows().is_multiple_of(how.batch), "attention: batch");
+        assert!(!how.causal || k.rows() >= q.rows(), "attention: causal lengths");
         Self {
             tq: q.rows() / how.batch,
             tk: k.rows() / how.batch,
@@ -112,8 +123,8 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
     let (h, scale) = (z.h, T::of(z.scale));
     let mut o = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
     let mut lse = Tensor::scratch(q.device(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
-    let qs = Head::of(q.buffer(), q.cols());
-    let (ks, vs) = (Head::of(k.buffer(), k.cols()), Head::of(v.buffer(), v.cols()));
+    let qs = Head::of(whole(q, q), q.cols());
+    let (ks, vs) = (Head::of(whole(k, k), k.cols()), Head::of(whole(v, k), v.cols()));
     let os = Head::of_mut(o.buffer_mut(), q.cols());
     let lses = Head::of_mut(lse.buffer_mut(), z.tq);
     z.for_each(|b, kv| {
@@ -165,8 +176,8 @@ pub(super) fn attention_grad<T: Scalar>(
     let mut dq = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
     let mut dk = Tensor::scratch(k.device(), k.shape()); // [batch·tk, kv_heads·h]
     let mut dv = Tensor::scratch(v.device(), v.shape()); // [batch·tk, kv_heads·h]
-    let (qs, dos) = (Head::of(q.buffer(), q.cols()), Head::of(dout.buffer(), q.cols()));
-    let (ks, vs) = (Head::of(k.buffer(), k.cols()), Head::of(v.buffer(), v.cols()));
+    let (qs, dos) = (Head::of(whole(q, q), q.cols()), Head::of(whole(dout, q), q.cols()));
+    let (ks, vs) = (Head::of(whole(k, k), k.cols()), Head::of(whole(v, k), v.cols()));
     let dqs = Head::of_mut(dq.buffer_mut(), q.cols());
     let dks = Head::of_mut(dk.buffer_mut(), k.cols());
     let dvs = Head::of_mut(dv.buffer_mut(), v.cols());

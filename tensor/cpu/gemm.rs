@@ -40,7 +40,8 @@ impl<T: Scalar> Task<T> {
 }
 
 fn raw<T: Scalar>(mat: &Mat<Cpu<T>>) -> Raw<*const T> {
-    let first = mat.tensor.buffer().as_ptr();
+    // the slice refuses a buffer shorter than its shape, which a user could hand over
+    let first = mat.tensor.buffer()[..mat.tensor.len()].as_ptr();
     let stride = mat.tensor.cols() as isize;
     let (row, col) = if mat.transposed { (1, stride) } else { (stride, 1) };
     Raw { first, row, col }
@@ -73,7 +74,7 @@ pub(super) fn gemm<T: Scalar>(
             c.shape()
         );
         let (a, b) = (raw(a), raw(b));
-        let c = Raw { first: c.buffer_mut().as_mut_ptr(), row: n as isize, col: 1 };
+        let c = Raw { first: c.buffer_mut()[..m * n].as_mut_ptr(), row: n as isize, col: 1 };
         // the longer side of C is cut, in multiples of the microkernel's 16
         let by_rows = m >= n;
         let long = if by_rows { m } else { n };
