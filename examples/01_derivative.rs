@@ -5,6 +5,11 @@
 //!
 //! ```text
 //! $ cargo run --release --example 01_derivative
+//! y = 3.2100
+//! recorded: leaf, mul, tanh, mul, sum
+//! x = -1.0   dy/dx: tape 1.9432, formula 1.9432
+//! x =  0.5   dy/dx: tape 0.6587, formula 0.6587
+//! x =  2.0   dy/dx: tape 4.1387, formula 4.1387
 //! ```
 
 use rankgrad::{

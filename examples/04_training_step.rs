@@ -7,6 +7,11 @@
 //!
 //! ```text
 //! $ cargo run --release --example 04_training_step
+//! loss 1.0761, gradient norm 0.5485, clipped to 0.1000
+//! sigma_A 1.2220, sigma_B 1.2911, radius 0.01423
+//! the optimizer gives the same bits: true
+//! spectral norm of the change of W: 0.0282 (eta is 0.05)
+//! loss after the step 1.0365
 //! ```
 
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};

@@ -6,6 +6,14 @@
 //!
 //! ```text
 //! $ cargo run --release --example 05_language_model
+//! 371 characters, 24 different; 12240 parameters
+//! step   1  loss 3.23 nats per character
+//! step  80  loss 0.21 nats per character
+//! step 160  loss 0.20 nats per character
+//! step 240  loss 0.12 nats per character
+//! step 320  loss 0.09 nats per character
+//! step 400  loss 0.10 nats per character
+//! This is the dog that worried the cat that killed the rat that ate the malt that lay in the house that Jack built.
 //! ```
 
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};

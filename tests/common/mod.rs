@@ -4,7 +4,7 @@
 //! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values.
 #![allow(dead_code)] // each test file compiles its own copy and uses a part of it
 
-use nalgebra::{DMatrix, Dyn, SymmetricEigen};
+use nalgebra::{DMatrix, DVector};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -49,19 +49,34 @@ pub fn matrix<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
     DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
 }
 
-/// The eigenvalues ±σ and eigenvectors of [0 X; Xᵀ 0], by nalgebra. Its SVD is not the oracle: where singular values are
-/// equal, zero or decades apart, U·Σ·Vᵀ is often not X (dimforge/nalgebra, issue 1172).
-fn jordan_wielandt(x: &DMatrix<f64>) -> SymmetricEigen<f64, Dyn> {
+/// The eigenvalues ±σ and eigenvectors of J = [0 X; Xᵀ 0], by nalgebra. Its SVD is not the oracle: where singular values are
+/// equal, zero or decades apart, U·Σ·Vᵀ is often not X (dimforge/nalgebra, issue 1172). Certified: Q·Λ·Qᵀ is J and Q is
+/// orthogonal, to rounding, so the eigenvalues are right to rounding (Weyl). Where nalgebra fails that (NaN from some J that
+/// hold little but zeros), it gets J in a random orthogonal basis.
+fn jordan_wielandt(x: &DMatrix<f64>) -> (DVector<f64>, DMatrix<f64>) {
     let (m, n) = x.shape();
-    let mut both = DMatrix::zeros(m + n, m + n);
+    let (mut rng, size) = (rng(0), m + n);
+    let mut both = DMatrix::zeros(size, size);
     both.view_mut((0, m), (m, n)).copy_from(x);
     both.view_mut((m, 0), (n, m)).copy_from(&x.transpose());
-    both.symmetric_eigen()
+    let mut basis = DMatrix::identity(size, size);
+    for _ in 0..10 {
+        let eigen = (basis.transpose() * &both * &basis).symmetric_eigen();
+        let q = &basis * eigen.eigenvectors;
+        let off = (&q * DMatrix::from_diagonal(&eigen.eigenvalues) * q.transpose() - &both).norm();
+        let skew = (q.transpose() * &q - DMatrix::identity(size, size)).norm();
+        let rounding = 1e-14 * (size as f64).sqrt();
+        if off <= rounding * both.norm() && skew <= rounding {
+            return (eigen.eigenvalues, q);
+        }
+        basis = orthonormal(&mut rng, size, size);
+    }
+    panic!("no certified eigenvalues of {x}")
 }
 
 /// Largest first, min(m, n) of them.
 pub fn singular_values(x: &DMatrix<f64>) -> Vec<f64> {
-    let mut sigma: Vec<f64> = jordan_wielandt(x).eigenvalues.iter().copied().collect();
+    let mut sigma: Vec<f64> = jordan_wielandt(x).0.iter().copied().collect();
     sigma.sort_by(|a, b| b.total_cmp(a));
     sigma.truncate(x.nrows().min(x.ncols()));
     sigma
@@ -70,9 +85,8 @@ pub fn singular_values(x: &DMatrix<f64>) -> Vec<f64> {
 /// U·diag(f(σ))·Vᵀ for an odd function f: the upper right block of f([0 X; Xᵀ 0]).
 pub fn on_spectrum(x: &DMatrix<f64>, f: impl Fn(f64) -> f64) -> DMatrix<f64> {
     let (m, n) = x.shape();
-    let eigen = jordan_wielandt(x);
-    let q = &eigen.eigenvectors;
-    (q * DMatrix::from_diagonal(&eigen.eigenvalues.map(f)) * q.transpose()).view((0, m), (m, n)).into_owned()
+    let (lambda, q) = jordan_wielandt(x);
+    (&q * DMatrix::from_diagonal(&lambda.map(f)) * q.transpose()).view((0, m), (m, n)).into_owned()
 }
 
 pub fn spectral_norm(x: &DMatrix<f64>) -> f64 {
