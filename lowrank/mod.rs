@@ -12,6 +12,7 @@ mod params;
 mod schedule;
 mod spectral;
 mod spectron;
+mod svd;
 
 pub use adamw::AdamW;
 pub use init::{PairInit, gaussian, haar, pair as init_pair, spectral_values};

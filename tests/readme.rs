@@ -54,7 +54,8 @@ fn every_example_shows_its_output() {
         let path = entry.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
         let head: Vec<&str> = text.lines().take_while(|line| line.starts_with("//!")).collect();
-        let command = format!("cargo run --release --example {}", path.file_stem().unwrap().to_str().unwrap());
+        let command =
+            format!("cargo run --release --example {}", path.file_stem().unwrap().to_str().unwrap());
         let at = head.iter().position(|line| line.contains(&command));
         let at = at.unwrap_or_else(|| panic!("{}: no command at the top", path.display()));
         assert!(head.len() > at + 2, "{}: no expected output after the command", path.display());
