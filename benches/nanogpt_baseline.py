@@ -4,7 +4,7 @@ The model is GPT-2's shape: learned positions, LayerNorm, GELU, embedding and he
 Not this project's model, which is in torch_model.py, and not tuned: it shows what the common starting point reaches.
 Install: python -m venv .venv && .venv/bin/pip install torch==2.15.0 numpy
 Run:     python nanogpt_baseline.py --data FILE [--vocabulary char|byte] [--threads 2] [--json]
-B sequences, T tokens each, V vocabulary, d width, H heads, hd = d/H, L layers, N length of the validation text.
+B sequences, T tokens each, V vocabulary, d width, H heads, hd = d/H, L layers.
 """
 
 import argparse

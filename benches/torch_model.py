@@ -154,7 +154,7 @@ class Spectron:
     """Spectron (Janson, Oyallon, Belilovsky; arXiv 2602.12429) on factor pairs, all factors of one shape at once.
 
     The parameters become views of one buffer per shape, so that nothing is gathered or scattered in a step.
-    `start(m)` gives the first left vector of a factor with m rows.
+    σ and ρ are those of the factors as the step finds them, before the decay. `start(m)` gives the first left vector [m].
     """
 
     def __init__(self, pairs: list[Pair], lr: float, weight_decay: float = 0.0, momentum: float = 0.95,

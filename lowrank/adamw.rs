@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), for tensors and, as the naive baseline, for the factors of pairs.
 
 use super::FactorPair;
-use super::optimizer::{Rule, State};
+use super::optimizer::{Rule, State, same_count};
 use crate::tensor::{AdamWStep, Backend, Tensor};
 
 /// Adam with decoupled weight decay. Decay is left out for vectors (gains, biases).
@@ -61,6 +61,7 @@ impl<B: Backend> AdamW<B> {
 
 impl<B: Backend> Rule<B, Tensor<B>> for AdamW<B> {
     fn step(&mut self, tensors: &mut [Tensor<B>], grads: &[Tensor<B>], lr: f64, t: u64) {
+        same_count("adamw", tensors.len(), grads.len(), self.moments.len());
         self.update(tensors.iter_mut().zip(grads), lr, t);
     }
     fn state(&mut self) -> State<'_, B> {
@@ -70,6 +71,7 @@ impl<B: Backend> Rule<B, Tensor<B>> for AdamW<B> {
 
 impl<B: Backend> Rule<B, FactorPair<B>> for AdamW<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], lr: f64, t: u64) {
+        same_count("adamw", 2 * pairs.len(), 2 * grads.len(), self.moments.len());
         let factors = pairs.iter_mut().flat_map(|p| [&mut p.a, &mut p.b]);
         self.update(factors.zip(grads.iter().flat_map(|g| [&g.a, &g.b])), lr, t);
     }

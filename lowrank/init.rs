@@ -82,7 +82,7 @@ pub fn haar(rng: &mut impl Rng, m: usize, r: usize) -> Vec<Vec<f64>> {
 }
 
 /// A dot product in eight lanes, so that it vectorises, added in a fixed order.
-fn dot(x: &[f64], y: &[f64]) -> f64 {
+pub(super) fn dot(x: &[f64], y: &[f64]) -> f64 {
     let mut lanes = [0.0; 8];
     for (x, y) in x.chunks(8).zip(y.chunks(8)) {
         for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {

@@ -13,6 +13,7 @@ mod params;
 mod schedule;
 mod spectral;
 mod spectron;
+mod svd;
 
 pub use adamw::AdamW;
 pub use certificate::{certify_spectral_norm, spectral_norm_upper_bound};

@@ -51,7 +51,7 @@ impl NewtonSchulz {
 ///
 /// M is first divided by ‖M‖_F, which is at least its largest singular value, so that all start in [0, 1]. The singular
 /// vectors never change; each singular value follows [`NewtonSchulz::map`]. With the default, five steps bring
-/// σ/‖M‖_F ≥ 1.5e-3 into [0.68, 1.2024], and no σ can exceed 1.2024 (the map's maximum on [0, 1] is 1.20237, and it sends
+/// σ/‖M‖_F ≥ 1.51e-3 into [0.68, 1.2024], and no σ can exceed 1.2024 (the map's maximum on [0, 1] is 1.20237, and it sends
 /// [0, 1.2024] into itself).
 ///
 /// # Panics

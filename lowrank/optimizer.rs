@@ -9,6 +9,10 @@ pub type State<'a, B> = Vec<(String, &'a mut Tensor<B>)>;
 /// An update rule for parameters of type `P` (factor pairs or tensors). It keeps its own momenta.
 pub trait Rule<B: Backend, P>: Send {
     /// Moves `params` against `grads` with learning rate `lr`; `t` counts the updates from 1.
+    ///
+    /// # Panics
+    /// If parameters, gradients and momenta are not of one number.
+    #[track_caller]
     fn step(&mut self, params: &mut [P], grads: &[P], lr: f64, t: u64);
     /// Everything that must be saved.
     fn state(&mut self) -> State<'_, B>;
@@ -45,6 +49,10 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
     }
 
     /// One update: `lr` (η) for pairs and hidden matrices, `adam_lr` for everything else.
+    ///
+    /// # Panics
+    /// If a parameter was added after the optimizer was made.
+    #[track_caller]
     pub fn step(&mut self, params: &mut Params<B>, grads: &Values<B>, lr: f64, adam_lr: f64) {
         self.steps += 1;
         let Values { pairs, hidden, dense } = &mut params.values;
@@ -74,6 +82,15 @@ impl<B: Backend, P, R: Rule<B, P> + ?Sized> Rule<B, P> for Box<R> {
     fn state(&mut self) -> State<'_, B> {
         (**self).state()
     }
+}
+
+/// A parameter without a momentum would never be trained, and nothing would show it.
+#[track_caller]
+pub(super) fn same_count(rule: &str, params: usize, grads: usize, momenta: usize) {
+    assert!(
+        params == grads && grads == momenta,
+        "{rule}: {params} parameters, {grads} gradients, momenta for {momenta}; make the optimizer after the last parameter"
+    );
 }
 
 /// Scales all gradients together so that their norm is at most `max_norm`; returns the norm before.

@@ -1,9 +1,10 @@
 //! A matrix kept as two factors, W = A·Bᵀ, and what can be done with it as data. Training it is spectron.rs's business.
 //!
-//! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64 through nalgebra.
+//! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64, on nalgebra matrices.
 
+use super::svd::svd;
 use crate::tensor::{Backend, Scalar, Tensor};
-use nalgebra::DMatrix;
+use nalgebra::{DMatrix, DVector};
 
 /// A factor pair: the m×n matrix W = A·Bᵀ of rank at most r. Its gradient, and its momentum, are factor pairs too.
 ///
@@ -125,12 +126,9 @@ impl<B: Backend> FactorPair<B> {
             w.shape(),
             m.min(n)
         );
-        let svd = to_nalgebra(w).svd(true, true);
-        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
-        let sigma = svd.singular_values;
-        let root = |j: usize| sigma[j].sqrt();
-        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * root(j));
-        let b = DMatrix::from_fn(n, r, |i, j| v_t[(j, i)] * root(j));
+        let (u, sigma, v) = svd(&to_nalgebra(w));
+        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * sigma[j].sqrt());
+        let b = DMatrix::from_fn(n, r, |i, j| v[(i, j)] * sigma[j].sqrt());
         let dropped: f64 = sigma.iter().skip(r).map(|s| s * s).sum();
         (Self::from_nalgebra(w.device(), &a, &b), dropped.sqrt())
     }
@@ -142,12 +140,11 @@ impl<B: Backend> FactorPair<B> {
     pub fn balance(&self) -> Self {
         let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
         let ((qa, ra), (qb, rb)) = (qr(&self.a), qr(&self.b));
-        let svd = (ra * rb.transpose()).svd(true, true);
-        let (u, v_t) = (svd.u.expect("U was asked for"), svd.v_t.expect("V was asked for"));
-        let root = DMatrix::from_diagonal(&svd.singular_values.map(f64::sqrt));
+        let (u, sigma, v) = svd(&(ra * rb.transpose()));
+        let root = DMatrix::from_diagonal(&DVector::from_vec(sigma).map(f64::sqrt));
         let r = self.rank();
         let widen = |x: DMatrix<f64>| x.resize_horizontally(r, 0.0);
-        let (a, b) = (widen(qa * u * &root), widen(qb * v_t.transpose() * root));
+        let (a, b) = (widen(qa * u * &root), widen(qb * v * root));
         Self::from_nalgebra(self.a.device(), &a, &b)
     }
 
@@ -160,8 +157,7 @@ impl<B: Backend> FactorPair<B> {
     /// The singular values of W, largest first, r of them at most, from the r×r core of two QR decompositions.
     pub fn singular_values(&self) -> Vec<f64> {
         let r = |x: &Tensor<B>| to_nalgebra(x).qr().r();
-        let core = r(&self.a) * r(&self.b).transpose();
-        core.singular_values().iter().copied().collect()
+        svd(&(r(&self.a) * r(&self.b).transpose())).1
     }
 
     fn from_nalgebra(device: &B, a: &DMatrix<f64>, b: &DMatrix<f64>) -> Self {

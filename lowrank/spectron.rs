@@ -3,7 +3,7 @@
 //! Letters: W = A·Bᵀ, A [m, r], B [n, r]; M momentum, O orthogonalised momentum, σ spectral norm, η learning rate,
 //! ρ radius: how far a factor moves, in spectral norm.
 
-use super::optimizer::{Rule, State};
+use super::optimizer::{Rule, State, same_count};
 use super::{
     FactorPair, NewtonSchulz, newton_schulz, power_iteration, spectral_norm_upper_bound, start_vector,
 };
@@ -151,6 +151,7 @@ impl<B: Backend> Spectron<B> {
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: f64, t: u64) {
         let SpectronConfig { beta, newton_schulz: how, power_steps, certify, .. } = self.config;
+        same_count("spectron", pairs.len(), grads.len(), self.momentum.len());
         for (m, g) in self.momentum.iter_mut().zip(grads) {
             m.a.axpby(1.0 - beta, &g.a, beta);
             m.b.axpby(1.0 - beta, &g.b, beta);
@@ -192,7 +193,7 @@ impl<B: Backend> Spectron<B> {
     /// The radius of a step, and the factor on W by weight decay.
     fn plan(&self, eta: f64, sigma_a: f64, sigma_b: f64) -> (f64, f64) {
         let SpectronConfig { weight_decay, radius, certify, .. } = self.config;
-        let mut decay = eta * weight_decay;
+        let mut decay = (eta * weight_decay).min(1.0);
         let mut left = eta;
         if certify {
             // decay moves W by decay·σ(W) ≤ decay·σ_A·σ_B

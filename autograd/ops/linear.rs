@@ -87,7 +87,10 @@ impl<'t, B: Backend> Var<'t, B> {
         let (&[m, r], &[n, r_b]) = (sa.dims(), sb.dims()) else {
             panic!("lowrank_linear: x {xs}, A {sa}, B {sb}: A and B must be matrices")
         };
-        assert!(r == r_b, "lowrank_linear: x {xs}, A {sa}, B {sb}: the ranks {r} and {r_b} of A and B differ");
+        assert!(
+            r == r_b,
+            "lowrank_linear: x {xs}, A {sa}, B {sb}: the ranks {r} and {r_b} of A and B differ"
+        );
         assert!(
             xs.cols() == n,
             "lowrank_linear: x {xs}, A {sa}, B {sb}: inner sizes {} of x and {n} of B differ",

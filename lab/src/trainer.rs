@@ -160,11 +160,14 @@ impl Trainer {
     }
 }
 
+/// A model and its parameters, on the CPU.
+pub type Loaded = (Model<Cpu<f32>>, Params<Cpu<f32>>);
+
 /// The model of a checkpoint, for use without further training.
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or left over.
-pub fn load_model(checkpoint: Checkpoint) -> Result<(Model<Cpu<f32>>, Params<Cpu<f32>>)> {
+pub fn load_model(checkpoint: Checkpoint) -> Result<Loaded> {
     let (model, mut params) = Model::new(&Cpu::default(), &checkpoint.meta.config);
     restore_params(&mut params, checkpoint)?;
     Ok((model, params))

@@ -1,0 +1,160 @@
+//! What the test files share: drawn matrices with known properties, and the way to nalgebra, whose f64 eigenvalues are the oracle.
+//!
+//! Nothing here computes what the library computes. `PROPTEST_CASES` enlarges every property test.
+//! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values.
+#![allow(dead_code)] // each test file compiles its own copy and uses a part of it
+
+use nalgebra::{DMatrix, DVector};
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use rankgrad::lowrank::FactorPair;
+use rankgrad::tensor::{Backend, Cpu, Scalar, Tensor};
+
+/// `cases` cases, few enough for every commit, unless the environment asks for another number.
+pub fn config(cases: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|s| s.parse().ok());
+    ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..ProptestConfig::default() }
+}
+
+pub fn rng(seed: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed)
+}
+
+/// Independent N(0, 1) entries.
+pub fn gaussian(rng: &mut ChaCha8Rng, m: usize, n: usize) -> DMatrix<f64> {
+    DMatrix::from_fn(m, n, |_, _| StandardNormal.sample(rng))
+}
+
+/// k ≤ m random orthonormal columns of length m.
+pub fn orthonormal(rng: &mut ChaCha8Rng, m: usize, k: usize) -> DMatrix<f64> {
+    gaussian(rng, m, k).qr().q()
+}
+
+/// A random m×n matrix with exactly the singular values `sigma` (and zeros), to f64 rounding.
+pub fn with_spectrum(rng: &mut ChaCha8Rng, m: usize, n: usize, sigma: &[f64]) -> DMatrix<f64> {
+    let k = m.min(n).min(sigma.len());
+    let (u, v) = (orthonormal(rng, m, k), orthonormal(rng, n, k));
+    u * DMatrix::from_diagonal(&nalgebra::DVector::from_column_slice(&sigma[..k])) * v.transpose()
+}
+
+/// The matrix on the CPU, rounded to `T`.
+pub fn tensor<T: Scalar>(x: &DMatrix<f64>) -> Tensor<Cpu<T>> {
+    let (rows, cols) = x.shape();
+    Tensor::from_fn(&Cpu::default(), [rows, cols], |i| T::of(x[(i / cols, i % cols)])) // [rows, cols]
+}
+
+pub fn matrix<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
+    DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
+}
+
+/// The eigenvalues ±σ and eigenvectors of J = [0 X; Xᵀ 0], by nalgebra. Its SVD is not the oracle: where singular values are
+/// equal, zero or decades apart, U·Σ·Vᵀ is often not X (dimforge/nalgebra, issue 1172). Certified: Q·Λ·Qᵀ is J and Q is
+/// orthogonal, to rounding, so the eigenvalues are right to rounding (Weyl). Where nalgebra fails that (NaN from some J that
+/// hold little but zeros), it gets J in a random orthogonal basis.
+fn jordan_wielandt(x: &DMatrix<f64>) -> (DVector<f64>, DMatrix<f64>) {
+    let (m, n) = x.shape();
+    let (mut rng, size) = (rng(0), m + n);
+    let mut both = DMatrix::zeros(size, size);
+    both.view_mut((0, m), (m, n)).copy_from(x);
+    both.view_mut((m, 0), (n, m)).copy_from(&x.transpose());
+    let mut basis = DMatrix::identity(size, size);
+    for _ in 0..10 {
+        let eigen = (basis.transpose() * &both * &basis).symmetric_eigen();
+        let q = &basis * eigen.eigenvectors;
+        let off = (&q * DMatrix::from_diagonal(&eigen.eigenvalues) * q.transpose() - &both).norm();
+        let skew = (q.transpose() * &q - DMatrix::identity(size, size)).norm();
+        let rounding = 1e-14 * (size as f64).sqrt();
+        if off <= rounding * both.norm() && skew <= rounding {
+            return (eigen.eigenvalues, q);
+        }
+        basis = orthonormal(&mut rng, size, size);
+    }
+    panic!("no certified eigenvalues of {x}")
+}
+
+/// Largest first, min(m, n) of them.
+pub fn singular_values(x: &DMatrix<f64>) -> Vec<f64> {
+    let mut sigma: Vec<f64> = jordan_wielandt(x).0.iter().copied().collect();
+    sigma.sort_by(|a, b| b.total_cmp(a));
+    sigma.truncate(x.nrows().min(x.ncols()));
+    sigma
+}
+
+/// U·diag(f(σ))·Vᵀ for an odd function f: the upper right block of f([0 X; Xᵀ 0]).
+pub fn on_spectrum(x: &DMatrix<f64>, f: impl Fn(f64) -> f64) -> DMatrix<f64> {
+    let (m, n) = x.shape();
+    let (lambda, q) = jordan_wielandt(x);
+    (&q * DMatrix::from_diagonal(&lambda.map(f)) * q.transpose()).view((0, m), (m, n)).into_owned()
+}
+
+pub fn spectral_norm(x: &DMatrix<f64>) -> f64 {
+    singular_values(x)[0]
+}
+
+/// Every bit of a tensor.
+pub fn bits<B: Backend>(x: &Tensor<B>) -> Vec<u64> {
+    x.to_f64().into_iter().map(f64::to_bits).collect() // widening f32 keeps its bits apart
+}
+
+/// Sizes 1, small, around a SIMD width of 16, and beyond the attention block of 32.
+pub fn size() -> impl Strategy<Value = usize> {
+    prop_oneof![2 => Just(1usize), 4 => 2..12usize, 2 => 15..19usize, 1 => 31..50usize]
+}
+
+/// `k` singular values, largest first and 1 at most: spread evenly, over many decades, in clusters, all equal, or
+/// rank-deficient.
+pub fn spectrum(k: usize) -> impl Strategy<Value = Vec<f64>> {
+    let even = prop::collection::vec(0.05..1.0f64, k);
+    let decades = (0.0..12.0f64)
+        .prop_map(move |decades| (0..k).map(|i| 10f64.powf(-decades * i as f64 / k.max(2) as f64)).collect());
+    let clusters = prop::collection::vec((0..3usize, -1e-7..1e-7f64), k).prop_map(|picks| {
+        let centre = [1.0, 0.3, 1e-3];
+        picks.into_iter().map(|(i, off)| centre[i] * (1.0 + off)).collect()
+    });
+    let deficient = (prop::collection::vec(0.05..1.0f64, k), 0..=k).prop_map(|(s, rank)| {
+        s.into_iter().enumerate().map(|(i, s)| if i < rank { s } else { 0.0 }).collect()
+    });
+    let any = prop_oneof![even, decades, clusters, Just(vec![1.0; k]), deficient];
+    any.prop_map(|mut sigma: Vec<f64>| {
+        sigma.sort_by(|a, b| b.total_cmp(a));
+        sigma
+    })
+}
+
+/// A drawn factor pair: Gaussian factors of standard deviation `scale`, then A·gauge and B/gauge.
+#[derive(Clone, Copy, Debug)]
+pub struct PairCase {
+    pub m: usize,
+    pub n: usize,
+    pub r: usize,
+    pub scale: f64,
+    pub gauge: f64,
+    pub zero_b: bool,
+    pub seed: u64,
+}
+
+impl PairCase {
+    pub fn pair<T: Scalar>(&self) -> FactorPair<Cpu<T>> {
+        let mut rng = rng(self.seed);
+        let a = gaussian(&mut rng, self.m, self.r) * (self.scale * self.gauge);
+        let b = gaussian(&mut rng, self.n, self.r) * (self.scale / self.gauge);
+        FactorPair::new(tensor(&a), tensor(&if self.zero_b { b * 0.0 } else { b }))
+    }
+}
+
+/// Tall, wide and square pairs, r up to min(m, n) and sometimes above, gauges from 1e-4 to 1e4, one in eight with B = 0.
+pub fn pair_case() -> impl Strategy<Value = PairCase> {
+    (1..20usize, 1..20usize, 1..9usize, -2.0..1.0f64, -4.0..4.0f64, 0..8u8, any::<u64>()).prop_map(
+        |(m, n, r, scale, gauge, zero, seed)| PairCase {
+            m,
+            n,
+            r,
+            scale: 10f64.powf(scale),
+            gauge: 10f64.powf(gauge),
+            zero_b: zero == 0,
+            seed,
+        },
+    )
+}
