@@ -37,9 +37,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn unary_grad(f: Unary, x: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
     /// `f(a, b)` per element.
     fn binary(f: Binary, a: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
-    /// Adds the row `b` [d] to each row of `x` [n, d].
+    /// Adds the row `b` \[d\] to each row of `x` [n, d].
     fn add_row(x: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
-    /// Sum of the rows of `x` [n, d] → [d].
+    /// Sum of the rows of `x` [n, d] → \[d\].
     fn sum_rows(x: &Tensor<Self>) -> Tensor<Self>;
     /// Copies `width` columns of `x`, from `x_start`, over those of `y` from `y_start`; both have n rows.
     fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize);
@@ -47,7 +47,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Softmax of each row.
     fn softmax(x: &Tensor<Self>) -> Tensor<Self>;
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
-    /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms [n].
+    /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms \[n\].
     fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2];
     /// (dx, dg).
     fn rms_norm_grad(
@@ -88,7 +88,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dout: &Tensor<Self>,
         how: Attention,
     ) -> [Tensor<Self>; 3];
-    /// Mean over the rows of −log softmax(logits)[target] [1], and its gradient with respect to the logits [n, v].
+    /// Mean over the rows of −log softmax(logits)\[target\] \[1\], and its gradient with respect to the logits [n, v].
     fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2];
 
     /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.

@@ -1,4 +1,5 @@
-//! What README and CONTRIBUTING say about files is true: line counts of the reading path, links, expected outputs.
+//! What README and CONTRIBUTING say about files is true: line counts of the reading path, links, the library example, that
+//! every example shows its output (.ci/run compares it with what the example prints).
 
 use std::path::{Path, PathBuf};
 
@@ -16,25 +17,56 @@ fn links(text: &str) -> Vec<&str> {
     targets.filter(|t| !t.contains("://")).collect()
 }
 
+/// How many lines a cell of the table means: not blank, before the tests; all, or those before a function, or its own.
+fn lines(cell: &str) -> usize {
+    let text = read(links(cell)[0]);
+    let all: Vec<&str> = text
+        .lines()
+        .take_while(|line| *line != "#[cfg(test)]")
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    let Some(name) = cell.split('`').nth(1) else { return all.len() };
+    let head = format!("    pub fn {name}(");
+    let at = all.iter().position(|line| line.starts_with(&head));
+    let at = at.unwrap_or_else(|| panic!("{cell}: no such function"));
+    // its doc comment and attributes stand above it
+    let above = |line: &&&str| line.starts_with("    ///") || line.starts_with("    #[");
+    let first = at - all[..at].iter().rev().take_while(above).count();
+    if cell.contains("up to") {
+        return first;
+    }
+    all[first..].iter().position(|line| *line == "    }").expect("a closing brace") + 1
+}
+
 #[test]
 fn the_reading_path_has_the_lines_it_says() {
     let readme = read("README.md");
     let table = readme.split("## Reading path").nth(1).and_then(|s| s.split("\n## ").next()).unwrap();
-    let rows: Vec<(String, usize)> = table
-        .lines()
-        .filter_map(|line| {
-            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-            let path = links(cells.get(1)?).first()?.to_string();
-            Some((path, cells[2].parse().unwrap_or_else(|_| panic!("{line}: no line count"))))
-        })
-        .collect();
-    assert!(rows.len() >= 6, "{rows:?}");
-    for (path, lines) in &rows {
-        assert_eq!(read(path).lines().count(), *lines, "lines of {path}: mend README.md");
+    let (mut is, mut should, mut total) = (String::new(), String::new(), 0);
+    for row in table.lines().filter(|line| line.starts_with("| ")).skip(1) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let count = if links(cells[1]).is_empty() { total } else { lines(cells[1]) };
+        total += count;
+        is += &format!("{row}\n");
+        should += &format!("| {} | {count} | {} |\n", cells[1], cells[3]).replace("|  |", "| |");
     }
-    let total: usize = rows.iter().map(|(_, lines)| lines).sum();
-    assert!(table.contains(&format!("| {total} |")), "the total is {total}");
-    assert!(total <= 1200, "{total} lines are no short path");
+    assert!(is.lines().count() > 6, "{is}");
+    assert!(is == should, "the reading path in README.md should be\n\n{should}");
+    assert!(total / 2 <= 900, "{} lines are no short path", total / 2);
+}
+
+#[test]
+fn the_library_example_is_that_of_the_documentation() {
+    let readme = read("README.md");
+    let example = readme.split("```rust\n").nth(1).and_then(|s| s.split("```").next()).unwrap();
+    let library = read("lib.rs");
+    let mut tested = library.lines().filter_map(|line| line.strip_prefix("//!"));
+    for line in example.lines().filter(|line| !line.is_empty()) {
+        assert!(
+            tested.any(|t| t.trim() == line.trim()),
+            "not in the example of lib.rs, or not in order: {line}"
+        );
+    }
 }
 
 #[test]
@@ -43,7 +75,8 @@ fn links_lead_somewhere() {
         let text = read(page);
         for link in links(&text) {
             let from = Path::new(page).parent().unwrap();
-            assert!(root().join(from).join(link).exists(), "{page}: {link}");
+            let path = link.split('#').next().unwrap();
+            assert!(root().join(from).join(path).exists(), "{page}: {link}");
         }
     }
 }

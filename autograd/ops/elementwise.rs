@@ -66,7 +66,7 @@ impl<'t, B: Backend> Var<'t, B> {
         self.tape().record("scale", &[self], y, move |dy, grads| grads.add(ix, dy.scale(alpha)))
     }
 
-    /// The sum of all elements → [1].
+    /// The sum of all elements → \[1\].
     #[track_caller]
     pub fn sum(self) -> Self {
         let x = self.value();
@@ -78,7 +78,7 @@ impl<'t, B: Backend> Var<'t, B> {
         })
     }
 
-    /// The mean of all elements → [1].
+    /// The mean of all elements → \[1\].
     #[track_caller]
     pub fn mean(self) -> Self {
         self.sum().scale(1.0 / self.shape().len() as f64)

@@ -107,7 +107,7 @@ impl<'t, B: Backend> Var<'t, B> {
         })
     }
 
-    /// Adds the row vector `bias` [d] to every row of x [.., d].
+    /// Adds the row vector `bias` \[d\] to every row of x [.., d].
     ///
     /// # Panics
     /// If the bias is not as long as the last axis of x.

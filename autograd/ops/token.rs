@@ -22,7 +22,7 @@ impl<'t, B: Backend> Var<'t, B> {
         })
     }
 
-    /// The mean over N rows of logits [.., v] of −ln softmax(row)[target], in nats → [1].
+    /// The mean over N rows of logits [.., v] of −ln softmax(row)\[target\], in nats → \[1\].
     ///
     /// # Panics
     /// If there is not one target per row, or one is not below v.
