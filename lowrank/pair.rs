@@ -77,6 +77,29 @@ impl<B: Backend> FactorPair<B> {
         Self { a: self.b.clone(), b: self.a.clone() }
     }
 
+    /// W − W', the change since `before`, as a pair of rank 2r: ΔA·B'ᵀ + A·ΔBᵀ = [ΔA, A]·[B', ΔB]ᵀ. Neither matrix is
+    /// formed, and nothing cancels, however small the change.
+    ///
+    /// # Panics
+    /// If the shapes differ.
+    #[track_caller]
+    pub fn change_since(&self, before: &Self) -> Self {
+        let beside = |x: &Tensor<B>, y: &Tensor<B>| {
+            let r = x.cols();
+            let mut both = Tensor::scratch(x.device(), [x.rows(), 2 * r]); // [rows, 2r]
+            B::copy_cols(x, 0, &mut both, 0, r);
+            B::copy_cols(y, 0, &mut both, r, r);
+            both
+        };
+        let (da, db) = (self.a.sub(&before.a), self.b.sub(&before.b)); // [m, r], [n, r]
+        Self { a: beside(&da, &self.a), b: beside(&before.b, &db) }
+    }
+
+    /// σ(W), the spectral norm, from an f64 decomposition of the factors.
+    pub fn spectral_norm(&self) -> f64 {
+        self.singular_values()[0]
+    }
+
     /// Parameters and FLOPs, factored and dense.
     pub fn costs(&self) -> Costs {
         let (m, n, r) = (self.outputs(), self.inputs(), self.rank());

@@ -1,6 +1,6 @@
 //! The spectral norm (largest singular value) of a matrix, estimated by power iteration.
 //!
-//! An estimate from below, always. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
+//! An estimate from below, always; bounds from above, with proof, are in certificate.rs. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
 use crate::tensor::{Backend, Scalar, Tensor, product_shape};
 
@@ -31,6 +31,16 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
         sigma
     };
     ws.iter().zip(us).map(one).collect()
+}
+
+/// An estimate of σ(W), from below up to rounding: `steps` of power iteration from [`start_vector`].
+///
+/// # Panics
+/// If W is not a matrix.
+#[track_caller]
+pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
+    let (p, _) = w.shape().matrix("spectral_norm_estimate");
+    power_iteration(&[w], &mut [start_vector(w.device(), p)], steps)[0]
 }
 
 /// x/‖x‖ (x itself if it is zero) and ‖x‖. In two factors where 1/‖x‖ is not a normal number of the element type.

@@ -12,8 +12,8 @@ use common::{
 use nalgebra::{DMatrix, DVector};
 use proptest::prelude::*;
 use rankgrad::lowrank::{
-    self, AdamW, FactorPair, NewtonSchulz, Optimizer, PairInit, Params, Rule, Spectron, clip_global_norm,
-    init_pair, newton_schulz, power_iteration, start_vector,
+    self, AdamW, FactorPair, NewtonSchulz, Optimizer, PairInit, Params, Rule, Spectron, SpectronConfig,
+    clip_global_norm, init_pair, newton_schulz, power_iteration, start_vector,
 };
 use rankgrad::tensor::{Cpu, Scalar, Tensor};
 
@@ -288,8 +288,8 @@ fn distance_from_algorithm_1<T: Scalar>(pairs: Vec<FactorPair<Cpu<T>>>, seed: u6
     let (eta, beta) = (0.1, 0.8);
     let mut pairs = pairs;
     let mut naive = Algorithm1::new(&pairs);
-    let mut spectron = Spectron::new(&pairs);
-    (spectron.beta, spectron.weight_decay) = (beta, decay);
+    let settings = SpectronConfig { beta, weight_decay: decay, ..Default::default() };
+    let mut spectron = Spectron::with(settings, &pairs);
     let mut rng = rng(seed);
     let mut worst = 0.0f64;
     for t in 1..=6 {
@@ -337,8 +337,8 @@ proptest! {
         let mut pairs = [case.pair::<f64>()];
         let before = pairs[0].clone();
         let grads = pairs_of(&draw_grads(&pairs, &mut rng(case.seed)));
-        let mut spectron = Spectron::new(&pairs);
-        spectron.power_steps = power_steps;
+        let settings = SpectronConfig { power_steps, ..Default::default() };
+        let mut spectron = Spectron::with(settings, &pairs);
         spectron.step(&mut pairs, &grads, eta, 1);
 
         let report = spectron.reports()[0];
@@ -370,8 +370,8 @@ proptest! {
         let mut pairs = [case.pair::<f64>()];
         let before = matrix(&pairs[0].to_dense());
         let zeros = [pairs[0].zeros_like()];
-        let mut spectron = Spectron::new(&pairs);
-        spectron.weight_decay = decay;
+        let settings = SpectronConfig { weight_decay: decay, ..Default::default() };
+        let mut spectron = Spectron::with(settings, &pairs);
         for t in 1..=3 {
             spectron.step(&mut pairs, &zeros, eta, t);
             prop_assert_eq!(spectron.reports()[0].shrink, 1.0 - eta * decay);

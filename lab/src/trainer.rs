@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use rankgrad::autograd::Tape;
 use rankgrad::lowrank::{
-    AdamW, FactorPair, Optimizer, Params, Rule, ScheduleKind, Spectron, Values, clip_global_norm,
+    AdamW, FactorPair, Optimizer, Params, Rule, ScheduleKind, Spectron, SpectronConfig, Values,
+    clip_global_norm,
 };
 use rankgrad::tensor::{Backend, Cpu, Tensor};
 
@@ -196,9 +197,8 @@ fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B, Pa
     };
     let pairs: PairRule<B> = match config.method {
         Method::Spectron | Method::DenseAdamw => {
-            let mut spectron = Spectron::new(&values.pairs);
-            (spectron.beta, spectron.weight_decay) = (momentum, weight_decay);
-            Box::new(spectron)
+            let config = SpectronConfig { beta: momentum, weight_decay, ..SpectronConfig::default() };
+            Box::new(Spectron::with(config, &values.pairs))
         }
         Method::Adamw => Box::new(adamw(AdamW::for_pairs(&values.pairs))),
     };
