@@ -81,7 +81,7 @@ fn products<B: Backend>(a: &[Mat<B>], b: &[Mat<B>], c: &mut [Tensor<B>], accum: 
 }
 
 /// M / ‖M‖_F, or 0. In two factors where 1/‖M‖ itself would overflow the element type.
-fn unit_norm<B: Backend>(m: &Tensor<B>) -> Tensor<B> {
+pub(crate) fn unit_norm<B: Backend>(m: &Tensor<B>) -> Tensor<B> {
     let norm = m.norm();
     if norm == 0.0 {
         return m.zeros_like(); // [p, q]

@@ -3,6 +3,7 @@
 //! Letters: W = A·Bᵀ, A [m, r], B [n, r]; M momentum, O orthogonalised momentum, σ spectral norm, η learning rate,
 //! ρ radius: how far a factor moves, in spectral norm.
 
+use super::momentum::{each_shape, factors, factors_mut, momentum};
 use super::optimizer::{Rule, State};
 use super::{FactorPair, NewtonSchulz, newton_schulz, power_iteration, start_vector};
 use crate::tensor::{Backend, Tensor};
@@ -32,6 +33,8 @@ pub struct StepReport {
 pub struct Spectron<B: Backend> {
     /// β of the momentum M ← βM + (1−β)∇. The paper's 0.95.
     pub beta: f64,
+    /// Orthogonalises βM + (1−β)∇ instead of M. Not the paper's.
+    pub nesterov: bool,
     /// λ: W ← (1 − ηλ)W before the update.
     pub weight_decay: f64,
     /// Algorithm 2.
@@ -50,6 +53,7 @@ impl<B: Backend> Spectron<B> {
         let start = |x: &Tensor<B>| start_vector(x.device(), x.rows()); // [rows, 1]
         Self {
             beta: 0.95,
+            nesterov: false,
             weight_decay: 0.0,
             newton_schulz: NewtonSchulz::default(),
             power_steps: 1,
@@ -66,19 +70,16 @@ impl<B: Backend> Spectron<B> {
 }
 
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
-    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: f64, _t: u64) {
-        for (m, g) in self.momentum.iter_mut().zip(grads) {
-            m.a.axpby(1.0 - self.beta, &g.a, self.beta);
-            m.b.axpby(1.0 - self.beta, &g.b, self.beta);
-        }
-        let orthogonal =
-            each_shape(&factors(&self.momentum), |batch| newton_schulz(batch, self.newton_schulz));
+    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], _t: u64) {
+        let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
+        let directions: Vec<_> = directions.iter().collect();
+        let orthogonal = each_shape(&directions, |batch| newton_schulz(batch, self.newton_schulz));
         let sigma = power_iteration(&factors(pairs), &mut self.u, self.power_steps);
 
-        let shrink = 1.0 - eta * self.weight_decay;
         for (i, pair) in pairs.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
-            let rho = update_radius(eta, sigma_a, sigma_b);
+            let rho = update_radius(eta[i], sigma_a, sigma_b);
+            let shrink = 1.0 - eta[i] * self.weight_decay;
             // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
             pair.a.axpby(-rho, &orthogonal[2 * i], shrink.sqrt());
             pair.b.axpby(-rho, &orthogonal[2 * i + 1], shrink.sqrt());
@@ -91,26 +92,4 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
         let momentum = momentum.enumerate().map(|(i, x)| (format!("momentum.{i}"), x));
         momentum.chain(self.u.iter_mut().enumerate().map(|(i, x)| (format!("u.{i}"), x))).collect()
     }
-}
-
-/// A and B of each pair, in turn.
-fn factors<B: Backend>(pairs: &[FactorPair<B>]) -> Vec<&Tensor<B>> {
-    pairs.iter().flat_map(|p| [&p.a, &p.b]).collect()
-}
-
-/// Applies `f` to batches of one shape each; the results come back in the order of `items`.
-fn each_shape<B: Backend>(
-    items: &[&Tensor<B>],
-    f: impl Fn(&[&Tensor<B>]) -> Vec<Tensor<B>>,
-) -> Vec<Tensor<B>> {
-    let mut results: Vec<Option<Tensor<B>>> = items.iter().map(|_| None).collect();
-    while let Some(first) = results.iter().position(Option::is_none) {
-        let shape = items[first].shape();
-        let members: Vec<usize> = (first..items.len()).filter(|&i| items[i].shape() == shape).collect();
-        let batch: Vec<_> = members.iter().map(|&i| items[i]).collect();
-        for (i, y) in members.into_iter().zip(f(&batch)) {
-            results[i] = Some(y);
-        }
-    }
-    results.into_iter().flatten().collect()
 }
