@@ -14,6 +14,8 @@ use rankgrad::tensor::{Cpu, Tensor};
 
 type B = Cpu<f64>;
 type M = DMatrix<f64>;
+type BoxedRule = Box<dyn Rule<B, FactorPair<B>>>;
+type Make = fn(&[FactorPair<B>]) -> BoxedRule;
 
 const BETA: f64 = 0.95;
 const DECAY: f64 = 0.3;
@@ -258,7 +260,7 @@ fn a_zero_factor_is_no_division_by_zero() {
     let b = draw(rng, 9, 4);
     let start = || vec![FactorPair::new(Tensor::zeros(&B::default(), [12, 4]), b.clone())];
     let grads = vec![FactorPair::new(draw(rng, 12, 4), b.zeros_like())];
-    let rules: [Box<dyn Rule<B, FactorPair<B>>>; 5] = [
+    let rules: [BoxedRule; 5] = [
         Box::new(Spectron::new(&start())),
         Box::new(Muon::for_pairs(&start())),
         Box::new(Renormalised::new(&start())),
@@ -277,7 +279,7 @@ fn a_zero_factor_is_no_division_by_zero() {
 #[test]
 fn the_state_is_complete() {
     let start = || draw_pairs(&mut ChaCha8Rng::seed_from_u64(6));
-    let rules: [fn(&[FactorPair<B>]) -> Box<dyn Rule<B, FactorPair<B>>>; 6] = [
+    let rules: [Make; 6] = [
         |p| Box::new(Spectron::new(p)),
         |p| Box::new(AdamW::for_pairs(p)),
         |p| Box::new(Muon::for_pairs(p)),

@@ -43,16 +43,14 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     let line = |matrices, lr, adam_lr, flops| Entry { matrices, lr, adam_lr, flops };
     match method {
         Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
-        Method::Adamw => {
-            line(Factored(|c, p| Box::new(adamw(c, AdamW::for_pairs(p)))), 2e-3, 2e-3, flops::adamw)
-        }
-        Method::MuonFactors => line(Factored(muon_factors), 0.01, 4e-3, flops::muon),
+        Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
+        Method::MuonFactors => line(Factored(muon_factors), 0.02, 4e-3, flops::muon),
         Method::Renormalised => line(Factored(renormalised), 0.1, 4e-3, flops::renormalised),
         Method::MomentumFactors => line(Factored(momentum_factors), 1.0, 4e-3, flops::momentum_only),
         Method::LoraMuon => line(Factored(lora_muon), 0.025, 4e-3, flops::lora_muon),
         Method::SelfGuided => line(Guided { skip: false }, 2e-3, 2e-3, flops::adamw),
         Method::SelfGuidedCheap => line(Guided { skip: true }, 2e-3, 2e-3, flops::adamw),
-        Method::DenseAdamw => line(Dense(|c, w| Box::new(adamw(c, AdamW::new(w)))), 1e-3, 1e-3, flops::adamw),
+        Method::DenseAdamw => line(Dense(dense_adamw), 1e-3, 1e-3, flops::adamw),
         Method::DenseMuon => line(Dense(dense_muon), 0.02, 4e-3, flops::muon),
     }
 }
@@ -84,6 +82,14 @@ pub fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B
 fn adamw<B: Backend>(c: &Config, mut rule: AdamW<B>) -> AdamW<B> {
     (rule.beta1, rule.beta2, rule.weight_decay) = (c.beta1, c.beta2, c.weight_decay);
     rule
+}
+
+fn adamw_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    Box::new(adamw(c, AdamW::for_pairs(pairs)))
+}
+
+fn dense_adamw<B: Backend>(c: &Config, matrices: &[Tensor<B>]) -> MatrixRule<B> {
+    Box::new(adamw(c, AdamW::new(matrices)))
 }
 
 fn spectron<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {

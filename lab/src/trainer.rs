@@ -16,6 +16,9 @@ use crate::guide;
 use crate::methods::{Matrices, PairRule, entry, optimizer};
 use crate::model::Model;
 
+/// Where checkpoints are read and written.
+type Host = Cpu<f32>;
+
 /// A model in training.
 pub struct Trainer<B: Backend = Cpu<f32>> {
     device: B,
@@ -177,7 +180,7 @@ impl Trainer {
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or left over.
-pub fn load_model(checkpoint: Checkpoint) -> Result<(Model<Cpu<f32>>, Params<Cpu<f32>>)> {
+pub fn load_model(checkpoint: Checkpoint) -> Result<(Model<Host>, Params<Host>)> {
     let config = &checkpoint.meta.config;
     let (mut model, mut params) = Model::new(&Cpu::default(), config);
     model.guide_at(checkpoint.meta.step, config, &mut params);
