@@ -90,7 +90,7 @@ fn fit(noisy: bool, method: Make, lr: f64, seed: u64) -> f64 {
         let error = tape.constant(&x).lowrank_linear(a, b) - tape.constant(&y); // [rows, m]
         let mut grads = (error * error).mean().backward();
         let gradient = FactorPair::new(grads.take(a.id(), &cpu), grads.take(b.id(), &cpu)); // [m, r], [n, r]
-        rule.step(&mut pairs, &[gradient], lr * schedule.factor(step), step + 1);
+        rule.step(&mut pairs, &[gradient], &[lr * schedule.factor(step)], step + 1);
     }
     let error = pairs[0].to_dense().sub(&target); // [m, n]
     (error.norm() / target.norm()).powi(2).max(1e-9) // below, rounding decides, and not the same everywhere

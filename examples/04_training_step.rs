@@ -64,7 +64,7 @@ fn main() {
 
     // The head is dense: AdamW, its first update.
     let mut adamw = AdamW::new(&params.values.dense);
-    adamw.step(&mut by_hand.values.dense, &grads.dense, adam_lr, 1);
+    adamw.step(&mut by_hand.values.dense, &grads.dense, &[adam_lr], 1);
 
     // 5. The same by the optimizer, which routes by type: pairs to Spectron, dense tensors to AdamW.
     let before = params.values.pairs[0].to_dense(); // [m, n]

@@ -31,17 +31,18 @@ impl<B: Backend> AdamW<B> {
         Self::new(pairs.iter().flat_map(|p| [&p.a, &p.b]))
     }
 
-    /// Update number `t`, counted from 1.
+    /// Update number `t`, counted from 1; `lr(i)` is the rate of tensor i.
     fn update<'a>(
         &mut self,
         tensors: impl Iterator<Item = (&'a mut Tensor<B>, &'a Tensor<B>)>,
-        lr: f64,
+        lr: impl Fn(usize) -> f64,
         t: u64,
     ) where
         B: 'a,
     {
         let bias = |beta: f64| 1.0 - beta.powi(t as i32);
-        for ((w, g), [m, v]) in tensors.zip(&mut self.moments) {
+        for (i, ((w, g), [m, v])) in tensors.zip(&mut self.moments).enumerate() {
+            let lr = lr(i);
             let decay = if w.shape().dims().len() > 1 { self.weight_decay } else { 0.0 };
             let Self { beta1, beta2, eps, .. } = *self;
             let (bias1, bias2) = (bias(beta1), bias(beta2));
@@ -60,9 +61,9 @@ impl<B: Backend> AdamW<B> {
 }
 
 impl<B: Backend> Rule<B, Tensor<B>> for AdamW<B> {
-    fn step(&mut self, tensors: &mut [Tensor<B>], grads: &[Tensor<B>], lr: f64, t: u64) {
+    fn step(&mut self, tensors: &mut [Tensor<B>], grads: &[Tensor<B>], lr: &[f64], t: u64) {
         same_count("adamw", tensors.len(), grads.len(), self.moments.len());
-        self.update(tensors.iter_mut().zip(grads), lr, t);
+        self.update(tensors.iter_mut().zip(grads), |i| lr[i], t);
     }
     fn state(&mut self) -> State<'_, B> {
         self.moments()
@@ -70,10 +71,10 @@ impl<B: Backend> Rule<B, Tensor<B>> for AdamW<B> {
 }
 
 impl<B: Backend> Rule<B, FactorPair<B>> for AdamW<B> {
-    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], lr: f64, t: u64) {
+    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], lr: &[f64], t: u64) {
         same_count("adamw", 2 * pairs.len(), 2 * grads.len(), self.moments.len());
         let factors = pairs.iter_mut().flat_map(|p| [&mut p.a, &mut p.b]);
-        self.update(factors.zip(grads.iter().flat_map(|g| [&g.a, &g.b])), lr, t);
+        self.update(factors.zip(grads.iter().flat_map(|g| [&g.a, &g.b])), |i| lr[i / 2], t);
     }
     fn state(&mut self) -> State<'_, B> {
         self.moments()

@@ -2,14 +2,26 @@
 //!
 //! Reading order: pair.rs (W = A·Bᵀ as data), params.rs (a model's parameters), newton_schulz.rs and spectral.rs (two pure
 //! functions), spectron.rs (the paper's Algorithm 1, a thin loop over them). AdamW, schedules and initialisation stand beside.
+//!
+//! What Spectron is compared with, one file each: adamw.rs, muon.rs, lora_muon.rs, and renormalised.rs for its ablation. The
+//! four arms share their momentum and their weight decay (of W):
+//!
+//! | | momentum as it is | orthogonalised |
+//! |---|---|---|
+//! | step η | [`MomentumOnly`] (neither) | [`Muon`] per factor |
+//! | step η/(σ_A + σ_B + 1) | [`Renormalised`] | [`Spectron`] (both) |
 
 mod adamw;
 mod certificate;
 mod init;
+mod lora_muon;
+mod momentum;
+mod muon;
 mod newton_schulz;
 mod optimizer;
 mod pair;
 mod params;
+mod renormalised;
 mod schedule;
 mod spectral;
 mod spectron;
@@ -18,10 +30,13 @@ mod svd;
 pub use adamw::AdamW;
 pub use certificate::{certify_spectral_norm, spectral_norm_upper_bound};
 pub use init::{PairInit, gaussian, haar, pair as init_pair, spectral_values};
+pub use lora_muon::LoraMuon;
+pub use muon::{Muon, MuonScale};
 pub use newton_schulz::{NewtonSchulz, newton_schulz};
-pub use optimizer::{Optimizer, Rule, State, clip_global_norm};
+pub use optimizer::{Optimizer, Rule, State, clip_global_norm, shape_scale};
 pub use pair::{Costs, FactorPair};
 pub use params::{Dense, Hidden, Pair, PairVar, ParamVars, Params, Values};
+pub use renormalised::{MomentumOnly, Renormalised};
 pub use schedule::{Schedule, ScheduleKind};
 pub use spectral::{power_iteration, spectral_norm_estimate, start_vector};
 pub use spectron::{Radius, Spectron, SpectronConfig, StepReport, exact_radius, update_radius};

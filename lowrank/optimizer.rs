@@ -8,12 +8,12 @@ pub type State<'a, B> = Vec<(String, &'a mut Tensor<B>)>;
 
 /// An update rule for parameters of type `P` (factor pairs or tensors). It keeps its own momenta.
 pub trait Rule<B: Backend, P>: Send {
-    /// Moves `params` against `grads` with learning rate `lr`; `t` counts the updates from 1.
+    /// Moves each of `params` against its gradient with its learning rate; `t` counts the updates from 1.
     ///
     /// # Panics
     /// If parameters, gradients and momenta are not of one number.
     #[track_caller]
-    fn step(&mut self, params: &mut [P], grads: &[P], lr: f64, t: u64);
+    fn step(&mut self, params: &mut [P], grads: &[P], lr: &[f64], t: u64);
     /// Everything that must be saved.
     fn state(&mut self) -> State<'_, B>;
 }
@@ -26,8 +26,18 @@ pub struct Optimizer<B: Backend, R = Spectron<B>> {
     pub hidden: Box<dyn Rule<B, Tensor<B>>>,
     /// For everything else.
     pub dense: AdamW<B>,
+    /// Factors on the learning rate of each pair and of each hidden matrix, such as [`shape_scale`].
+    pub pair_scales: Vec<f64>,
+    pub hidden_scales: Vec<f64>,
     /// Updates so far.
     pub steps: u64,
+}
+
+/// √(max(m, n) / width) for an m×n matrix in a model of this width: a rate that is right for square matrices, carried over to
+/// the wider ones of the feed-forward part. An entry of an orthogonalised m×n matrix has the size 1/√max(m, n) at full rank, so
+/// the factor gives all matrices steps of one size per entry (Liu et al. 2025, arXiv 2502.16982, scale by √max(m, n) too).
+pub fn shape_scale(m: usize, n: usize, width: usize) -> f64 {
+    (m.max(n) as f64 / width as f64).sqrt()
 }
 
 impl<B: Backend> Optimizer<B, Spectron<B>> {
@@ -44,11 +54,13 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
             pairs,
             hidden: Box::new(AdamW::new(&params.values.hidden)),
             dense: AdamW::new(&params.values.dense),
+            pair_scales: vec![1.0; params.values.pairs.len()],
+            hidden_scales: vec![1.0; params.values.hidden.len()],
             steps: 0,
         }
     }
 
-    /// One update: `lr` (η) for pairs and hidden matrices, `adam_lr` for everything else.
+    /// One update: `lr` (η), scaled, for pairs and hidden matrices, `adam_lr` for everything else.
     ///
     /// # Panics
     /// If a parameter was added after the optimizer was made.
@@ -56,9 +68,10 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
     pub fn step(&mut self, params: &mut Params<B>, grads: &Values<B>, lr: f64, adam_lr: f64) {
         self.steps += 1;
         let Values { pairs, hidden, dense } = &mut params.values;
-        self.pairs.step(pairs, &grads.pairs, lr, self.steps);
-        self.hidden.step(hidden, &grads.hidden, lr, self.steps);
-        self.dense.step(dense, &grads.dense, adam_lr, self.steps);
+        let scaled = |scales: &[f64]| -> Vec<f64> { scales.iter().map(|scale| lr * scale).collect() };
+        self.pairs.step(pairs, &grads.pairs, &scaled(&self.pair_scales), self.steps);
+        self.hidden.step(hidden, &grads.hidden, &scaled(&self.hidden_scales), self.steps);
+        self.dense.step(dense, &grads.dense, &vec![adam_lr; grads.dense.len()], self.steps);
     }
 
     /// The state of all rules, under `pairs.`, `hidden.` and `dense.`.
@@ -76,7 +89,7 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
 }
 
 impl<B: Backend, P, R: Rule<B, P> + ?Sized> Rule<B, P> for Box<R> {
-    fn step(&mut self, params: &mut [P], grads: &[P], lr: f64, t: u64) {
+    fn step(&mut self, params: &mut [P], grads: &[P], lr: &[f64], t: u64) {
         (**self).step(params, grads, lr, t);
     }
     fn state(&mut self) -> State<'_, B> {

@@ -3,6 +3,7 @@
 //! Letters: W = A·Bᵀ, A [m, r], B [n, r]; M momentum, O orthogonalised momentum, σ spectral norm, η learning rate,
 //! ρ radius: how far a factor moves, in spectral norm.
 
+use super::momentum::{each_shape, factors, factors_mut, momentum};
 use super::optimizer::{Rule, State, same_count};
 use super::{
     FactorPair, NewtonSchulz, newton_schulz, power_iteration, spectral_norm_upper_bound, start_vector,
@@ -41,6 +42,8 @@ pub enum Radius {
 pub struct SpectronConfig {
     /// β of the momentum M ← βM + (1−β)∇. The paper's 0.95.
     pub beta: f64,
+    /// Orthogonalises βM + (1−β)∇ instead of M. Not the paper's.
+    pub nesterov: bool,
     /// λ: W ← (1 − ηλ)W before the update.
     pub weight_decay: f64,
     /// Algorithm 2.
@@ -66,6 +69,7 @@ impl Default for SpectronConfig {
     fn default() -> Self {
         Self {
             beta: 0.95,
+            nesterov: false,
             weight_decay: 0.0,
             newton_schulz: NewtonSchulz::default(),
             power_steps: 1,
@@ -149,14 +153,12 @@ impl<B: Backend> Spectron<B> {
 }
 
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
-    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: f64, t: u64) {
-        let SpectronConfig { beta, newton_schulz: how, power_steps, certify, .. } = self.config;
+    fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], t: u64) {
+        let SpectronConfig { beta, nesterov, newton_schulz: how, power_steps, certify, .. } = self.config;
         same_count("spectron", pairs.len(), grads.len(), self.momentum.len());
-        for (m, g) in self.momentum.iter_mut().zip(grads) {
-            m.a.axpby(1.0 - beta, &g.a, beta);
-            m.b.axpby(1.0 - beta, &g.b, beta);
-        }
-        let orthogonal = each_shape(&factors(&self.momentum), |batch| newton_schulz(batch, how));
+        let directions = momentum(factors_mut(&mut self.momentum), factors(grads), beta, nesterov);
+        let directions: Vec<_> = directions.iter().collect();
+        let orthogonal = each_shape(&directions, |batch| newton_schulz(batch, how));
         let sigma = if certify {
             self.refresh_bounds(pairs, t);
             self.bounds.iter().map(Tensor::item).collect()
@@ -166,7 +168,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
         for (i, pair) in pairs.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
             let (o_a, o_b) = (&orthogonal[2 * i], &orthogonal[2 * i + 1]);
-            let (rho, shrink) = self.plan(eta, sigma_a, sigma_b);
+            let (rho, shrink) = self.plan(eta[i], sigma_a, sigma_b);
             self.reports[i] = StepReport { sigma_a, sigma_b, rho, shrink };
             // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
             let shrink = shrink.sqrt();
@@ -241,26 +243,4 @@ impl<B: Backend> Spectron<B> {
 /// The distance from 1 to the next number of the element type.
 fn epsilon<B: Backend>() -> f64 {
     <B::Elem as num_traits::Float>::epsilon().f64()
-}
-
-/// A and B of each pair, in turn.
-fn factors<B: Backend>(pairs: &[FactorPair<B>]) -> Vec<&Tensor<B>> {
-    pairs.iter().flat_map(|p| [&p.a, &p.b]).collect()
-}
-
-/// Applies `f` to batches of one shape each; the results come back in the order of `items`.
-fn each_shape<B: Backend>(
-    items: &[&Tensor<B>],
-    f: impl Fn(&[&Tensor<B>]) -> Vec<Tensor<B>>,
-) -> Vec<Tensor<B>> {
-    let mut results: Vec<Option<Tensor<B>>> = items.iter().map(|_| None).collect();
-    while let Some(first) = results.iter().position(Option::is_none) {
-        let shape = items[first].shape();
-        let members: Vec<usize> = (first..items.len()).filter(|&i| items[i].shape() == shape).collect();
-        let batch: Vec<_> = members.iter().map(|&i| items[i]).collect();
-        for (i, y) in members.into_iter().zip(f(&batch)) {
-            results[i] = Some(y);
-        }
-    }
-    results.into_iter().flatten().collect()
 }

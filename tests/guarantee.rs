@@ -111,7 +111,7 @@ fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
         let gb = with_spectrum(&mut rng, *n, *r, g) * size;
         let before = pairs[0].clone();
         let grads = [FactorPair::new(tensor(&ga), tensor(&gb))];
-        spectron.step(&mut pairs, &grads, *eta, t);
+        spectron.step(&mut pairs, &grads, &[*eta], t);
         let (da, db) = (matrix(&pairs[0].a) - matrix(&before.a), matrix(&pairs[0].b) - matrix(&before.b));
         let dw = da * matrix(&before.b).transpose() + matrix(&pairs[0].a) * db.transpose(); // [m, n]
         let norm = norm(&dw);

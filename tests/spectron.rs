@@ -294,7 +294,7 @@ fn distance_from_algorithm_1<T: Scalar>(pairs: Vec<FactorPair<Cpu<T>>>, seed: u6
     let mut worst = 0.0f64;
     for t in 1..=6 {
         let grads = draw_grads(&pairs, &mut rng);
-        spectron.step(&mut pairs, &pairs_of(&grads), eta, t);
+        spectron.step(&mut pairs, &pairs_of(&grads), &vec![eta; grads.len()], t);
         naive.step(&grads, eta, beta, decay);
         for (pair, want) in pairs.iter().zip(&naive.0) {
             for (got, want) in [&pair.a, &pair.b].into_iter().zip(want) {
@@ -339,7 +339,7 @@ proptest! {
         let grads = pairs_of(&draw_grads(&pairs, &mut rng(case.seed)));
         let settings = SpectronConfig { power_steps, ..Default::default() };
         let mut spectron = Spectron::with(settings, &pairs);
-        spectron.step(&mut pairs, &grads, eta, 1);
+        spectron.step(&mut pairs, &grads, &vec![eta; grads.len()], 1);
 
         let report = spectron.reports()[0];
         let moved = |x: &Tensor<Cpu<f64>>, y: &Tensor<Cpu<f64>>| spectral_norm(&(matrix(x) - matrix(y)));
@@ -373,7 +373,7 @@ proptest! {
         let settings = SpectronConfig { weight_decay: decay, ..Default::default() };
         let mut spectron = Spectron::with(settings, &pairs);
         for t in 1..=3 {
-            spectron.step(&mut pairs, &zeros, eta, t);
+            spectron.step(&mut pairs, &zeros, &vec![eta; zeros.len()], t);
             prop_assert_eq!(spectron.reports()[0].shrink, 1.0 - eta * decay);
         }
         let want = &before * (1.0 - eta * decay).powi(3);
@@ -403,7 +403,7 @@ fn update_of_w(pair: FactorPair<Cpu<f64>>, dw: &DMatrix<f64>) -> DMatrix<f64> {
     let grad = FactorPair::new(tensor(&(dw * matrix(&pair.b))), tensor(&(dw.transpose() * matrix(&pair.a))));
     let before = matrix(&pair.to_dense());
     let mut pairs = [pair];
-    Spectron::new(&pairs).step(&mut pairs, &[grad], 0.1, 1);
+    Spectron::new(&pairs).step(&mut pairs, &[grad], &[0.1], 1);
     matrix(&pairs[0].to_dense()) - before
 }
 
@@ -594,9 +594,9 @@ proptest! {
         let decay = if vector { 0.0 } else { decay };
         for t in 1..=5u64 {
             let g = tensor::<f64>(&gaussian(&mut rng, m, n)).reshape(shape); // shape
-            rule.step(&mut w, std::slice::from_ref(&g), lr, t);
+            rule.step(&mut w, std::slice::from_ref(&g), &[lr], t);
             let g32 = Tensor::from_fn(w32[0].device(), shape, |i| g.buffer()[i] as f32); // shape
-            rule32.step(&mut w32, &[g32], lr, t);
+            rule32.step(&mut w32, &[g32], &[lr], t);
             for ([w, m, v], g) in naive.iter_mut().zip(g.to_vec()) {
                 *m = beta1 * *m + (1.0 - beta1) * g;
                 *v = beta2 * *v + (1.0 - beta2) * g * g;
@@ -645,7 +645,7 @@ fn each_kind_of_parameter_goes_to_its_rule() {
         assert!(((x - old).abs() - 0.1).abs() < 1e-5);
     }
     let mut alone = before.values.pairs.clone();
-    Spectron::new(&alone).step(&mut alone, &grads.pairs, 0.1, 1);
+    Spectron::new(&alone).step(&mut alone, &grads.pairs, &vec![0.1; grads.pairs.len()], 1);
     for (x, y) in params.values.pairs.iter().zip(&alone) {
         assert!(same(&x.a, &y.a) && same(&x.b, &y.b), "pairs move as Spectron alone moves them");
     }

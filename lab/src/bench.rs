@@ -9,6 +9,7 @@ use crate::cli::BenchArgs;
 use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
 use crate::error::Result;
+use crate::flops::step_flops;
 use crate::run::peak_memory_mib;
 use crate::trainer::{Step, Trainer};
 
@@ -89,6 +90,7 @@ fn measure(config: &Config, steps: usize) -> Result<Report> {
     };
     let seconds = median(&|(_, total)| *total);
     let tokens_per_step = tokens * config.accumulate;
+    let flops = step_flops(config);
     Ok(Report {
         preset: config.preset,
         method: config.method,
@@ -100,21 +102,8 @@ fn measure(config: &Config, steps: usize) -> Result<Report> {
         optimizer_ms: 1e3 * median(&|(s, _)| s.optimizer.as_secs_f64()),
         step_ms: 1e3 * seconds,
         tokens_per_second: tokens_per_step as f64 / seconds,
-        gflops: step_flops(config) * config.accumulate as f64 / seconds / 1e9,
+        gflops: (flops.forward + flops.backward + flops.guide_products) / seconds / 1e9,
         params: trainer.params.count(),
         peak_memory_mib: peak_memory_mib(),
     })
-}
-
-/// FLOPs of the matrix products of one micro-batch, forward and backward (twice the forward): hidden layers, causal
-/// attention (half of the score matrix), output head. The optimizer's are not counted.
-fn step_flops(c: &Config) -> f64 {
-    let (tokens, kv_dim) = (c.batch * c.context, c.dim / c.heads * c.kv_heads);
-    let layer = |m: usize, n: usize| {
-        let r = (c.rank_ratio * m.min(n) as f64).floor() as usize;
-        if c.factored() { r * (m + n) } else { m * n }
-    };
-    let hidden = 2 * layer(c.dim, c.dim) + 2 * layer(kv_dim, c.dim) + 3 * layer(c.ffn, c.dim);
-    let attention = c.context * c.dim; // 2 products of T/2 keys on average, d each
-    3.0 * 2.0 * (tokens * (c.layers * (hidden + attention) + c.dim * c.vocab)) as f64
 }

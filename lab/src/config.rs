@@ -8,11 +8,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use rankgrad::tensor::Cpu;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::error::{Error, Result, cannot};
+use crate::methods::{Entry, Matrices, entry};
 
 /// Sizes of the model, and of the batches that go with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -34,8 +36,32 @@ pub enum Method {
     Spectron,
     /// factor pairs, each factor trained by AdamW
     Adamw,
+    /// factor pairs, each factor trained by Muon (Spectron without renormalisation)
+    MuonFactors,
+    /// factor pairs, trained by Spectron without orthogonalisation
+    Renormalised,
+    /// factor pairs, trained by momentum: Spectron without either
+    MomentumFactors,
+    /// factor pairs, trained by LoRA-Muon: Muon's step for W, taken in the factors
+    LoraMuon,
+    /// factor pairs with dense guides in the first half, all trained by AdamW
+    SelfGuided,
+    /// the same, skipping a guide with probability 1 − α
+    SelfGuidedCheap,
     /// dense matrices, trained by AdamW
     DenseAdamw,
+    /// dense matrices, trained by Muon
+    DenseMuon,
+}
+
+/// A factor on the learning rate of each of the blocks' matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrScale {
+    /// one rate for all
+    Uniform,
+    /// √(max(outputs, inputs) / d)
+    Shape,
 }
 
 /// The shape of the learning rate after the warm-up.
@@ -139,12 +165,15 @@ pub struct TrainingOptions {
     #[arg(long)]
     pub steps: Option<usize>,
     /// Peak learning rate: η of the factor pairs, or that of the blocks' dense matrices
-    /// [default: spectron 0.025, adamw 0.002, dense-adamw 0.001]
+    /// [default: by method; the run's config.toml has it]
     #[arg(long)]
     pub lr: Option<f64>,
-    /// Peak learning rate of everything else [default: spectron 0.004, adamw 0.002, dense-adamw 0.001]
+    /// Peak learning rate of everything else [default: by method]
     #[arg(long)]
     pub adam_lr: Option<f64>,
+    /// Factor on --lr by the shape of a matrix [default: uniform]
+    #[arg(long)]
+    pub lr_scale: Option<LrScale>,
     /// Learning rate after the warm-up [default: cosine]
     #[arg(long)]
     pub schedule: Option<Schedule>,
@@ -160,9 +189,12 @@ pub struct TrainingOptions {
     /// Largest global gradient norm; 0 = no clipping [default: 1]
     #[arg(long)]
     pub clip: Option<f64>,
-    /// Spectron's momentum β, in [0, 1) [default: 0.95]
+    /// Momentum β of every method but AdamW's, in [0, 1) [default: 0.95]
     #[arg(long)]
     pub momentum: Option<f64>,
+    /// Nesterov's look-ahead on that momentum; AdamW has none
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub nesterov: Option<bool>,
     /// AdamW's decay of the gradient's mean, in [0, 1) [default: 0.9]
     #[arg(long)]
     pub beta1: Option<f64>,
@@ -225,12 +257,14 @@ pub struct Config {
     pub steps: usize,
     pub lr: f64,
     pub adam_lr: f64,
+    pub lr_scale: LrScale,
     pub schedule: Schedule,
     pub warmup: usize,
     pub final_lr_fraction: f64,
     pub weight_decay: f64,
     pub clip: f64,
     pub momentum: f64,
+    pub nesterov: bool,
     pub beta1: f64,
     pub beta2: f64,
     /// None: a new directory under `runs/`. Not recorded, so that a run's config.toml can start another run.
@@ -270,6 +304,7 @@ impl Overrides {
         check_name::<Method>(&table, "method")?;
         check_name::<Schedule>(&table, "schedule")?;
         check_name::<Init>(&table, "init")?;
+        check_name::<LrScale>(&table, "lr_scale")?;
         Ok(Overrides {
             model: toml::from_str(text).map_err(toml_error)?,
             training: toml::from_str(text).map_err(toml_error)?,
@@ -300,12 +335,7 @@ impl Overrides {
             Preset::Mid => (12, 768, 12, 2048, 512, 2, 4096),
         };
         let method = m.method.unwrap_or(Method::Spectron);
-        // The best of each method at `tiny` in 2,000 steps.
-        let (lr, adam_lr) = match method {
-            Method::Spectron => (0.025, 4e-3),
-            Method::Adamw => (2e-3, 2e-3),
-            Method::DenseAdamw => (1e-3, 1e-3),
-        };
+        let Entry { lr, adam_lr, .. } = entry::<Cpu<f32>>(method);
         let heads = m.heads.unwrap_or(heads);
         let steps = t.steps.unwrap_or(2000);
         let data = t.data.unwrap_or_default();
@@ -335,12 +365,14 @@ impl Overrides {
             steps,
             lr: t.lr.unwrap_or(lr),
             adam_lr: t.adam_lr.unwrap_or(adam_lr),
+            lr_scale: t.lr_scale.unwrap_or(LrScale::Uniform),
             schedule: t.schedule.unwrap_or(Schedule::Cosine),
             warmup: t.warmup.unwrap_or(steps / 20),
             final_lr_fraction: t.final_lr_fraction.unwrap_or(0.1),
             weight_decay: t.weight_decay.unwrap_or(0.0),
             clip: t.clip.unwrap_or(1.0),
             momentum: t.momentum.unwrap_or(0.95),
+            nesterov: t.nesterov.unwrap_or(false),
             beta1: t.beta1.unwrap_or(0.9),
             beta2: t.beta2.unwrap_or(0.99),
             out: t.out,
@@ -388,7 +420,12 @@ impl Config {
 
     /// Whether the blocks' matrices are factor pairs.
     pub fn factored(&self) -> bool {
-        self.method != Method::DenseAdamw
+        !matches!(entry::<Cpu<f32>>(self.method).matrices, Matrices::Dense(_))
+    }
+
+    /// Rank of the factors of an m×n matrix.
+    pub fn rank(&self, m: usize, n: usize) -> usize {
+        (self.rank_ratio * m.min(n) as f64).floor() as usize
     }
 
     fn check(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
-//! Reading order: model, trainer (one step), train (the loop); config, cli, data, checkpoint, run, progress, plot around it;
+//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, checkpoint, run, progress, plot around it;
 //! generate, inspect and bench use what was trained. Here: one function call per command, and one place where an error
 //! reaches the person.
 
@@ -10,8 +10,11 @@ mod cli;
 mod config;
 mod data;
 mod error;
+mod flops;
 mod generate;
+mod guide;
 mod inspect;
+mod methods;
 mod model;
 mod plot;
 mod progress;

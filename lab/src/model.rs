@@ -11,6 +11,8 @@ use rankgrad::lowrank::{Dense, Hidden, Pair, PairInit, ParamVars, Params, gaussi
 use rankgrad::tensor::{Attention, Backend, Tensor};
 
 use crate::config::{Config, Init};
+use crate::guide;
+use crate::methods::{Matrices, entry};
 
 const NORM_EPS: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
@@ -20,13 +22,23 @@ const ROPE_BASE: f64 = 10_000.0;
 enum Linear {
     Factored(Pair),
     Whole(Hidden),
+    /// Both, for self-guided training: the matrix starts as the pair's product.
+    Guided(Pair, Hidden),
 }
 
 impl Linear {
-    fn apply<'t, B: Backend>(self, w: &ParamVars<'t, B>, x: Var<'t, B>) -> Var<'t, B> {
+    /// x [N, n] → [N, m]. `guides`: the weight of each guide; those that are absent, or of weight 0, are not computed.
+    fn apply<'t, B: Backend>(self, w: &ParamVars<'t, B>, x: Var<'t, B>, guides: &[f64]) -> Var<'t, B> {
         match self {
             Self::Factored(pair) => x.lowrank_linear(w[pair].a, w[pair].b),
             Self::Whole(matrix) => x.linear(w[matrix]),
+            Self::Guided(pair, matrix) => {
+                let y = x.lowrank_linear(w[pair].a, w[pair].b); // [N, m]
+                match guides.get(matrix.0) {
+                    Some(&alpha) if alpha > 0.0 => x.linear(w[matrix]).scale(alpha) + y.scale(1.0 - alpha),
+                    _ => y,
+                }
+            }
         }
     }
 }
@@ -53,6 +65,8 @@ pub struct Model<B: Backend> {
     rope: Rope<B>,
     heads: usize,
     kv_heads: usize,
+    /// Self-guided training: the weight of each guide in the next forward pass. Otherwise, and once they are dropped, empty.
+    pub guides: Vec<f64>,
 }
 
 /// Adds parameters one by one, drawing each from the same generator.
@@ -77,7 +91,7 @@ impl<B: Backend> Builder<'_, B> {
 
     /// A hidden matrix [m, n]; `residual`: its output is added to the residual stream.
     fn linear(&mut self, name: &str, [m, n]: [usize; 2], residual: bool) -> Linear {
-        let Config { rank_ratio, layers, init, init_std, zero_init_output, .. } = *self.config;
+        let Config { layers, init, init_std, zero_init_output, .. } = *self.config;
         // 2·layers outputs add up in the residual stream: 1/√ of that keeps its variance (GPT-2)
         let std = if residual { init_std / (2.0 * layers as f64).sqrt() } else { init_std };
         let zero = residual && zero_init_output;
@@ -86,13 +100,16 @@ impl<B: Backend> Builder<'_, B> {
             let w = gaussian(self.device, &mut self.rng, [m, n], std); // [m, n]
             return Linear::Whole(self.params.hidden(name, w));
         }
-        let rank = (rank_ratio * m.min(n) as f64).floor() as usize;
         let init = match init {
             _ if zero => PairInit::Zero,
             Init::Spectral => PairInit::Spectral,
             Init::Orthogonal => PairInit::Orthogonal,
         };
-        let pair = init_pair(self.device, &mut self.rng, [m, n], rank, std, init); // [m, r], [n, r]
+        let pair = init_pair(self.device, &mut self.rng, [m, n], self.config.rank(m, n), std, init); // [m, r], [n, r]
+        if let Matrices::Guided { .. } = entry::<B>(self.config.method).matrices {
+            let guide = self.params.hidden(format!("{name}.guide"), pair.to_dense()); // [m, n]
+            return Linear::Guided(self.params.pair(name, pair), guide);
+        }
         Linear::Factored(self.params.pair(name, pair))
     }
 }
@@ -120,23 +137,38 @@ impl<B: Backend> Model<B> {
         let norm = make.gain("norm");
         let head = if config.tie { embedding } else { make.table("head") };
         let rope = Rope::new(device, context, dim / heads, ROPE_BASE); // [T, h]
-        (Self { embedding, blocks, norm, head, rope, heads, kv_heads }, make.params)
+        let mut params = make.params;
+        let mut model = Self { embedding, blocks, norm, head, rope, heads, kv_heads, guides: Vec::new() };
+        model.guide_at(0, config, &mut params);
+        (model, params)
+    }
+
+    /// Gives the guides of self-guided training the weight of `step`; once that is 0, drops them from `params`.
+    pub fn guide_at(&mut self, step: u64, config: &Config, params: &mut Params<B>) {
+        let Matrices::Guided { .. } = entry::<B>(config.method).matrices else { return };
+        let alpha = guide::alpha(config, step);
+        if alpha == 0.0 {
+            params.values.hidden.clear();
+            params.hidden_names.clear();
+        }
+        self.guides = vec![alpha; params.values.hidden.len()];
     }
 
     /// Logits [N, v] of `batch` sequences of equal length, one after the other in `tokens`.
     pub fn logits<'t>(&self, w: &ParamVars<'t, B>, tokens: &[u32], batch: usize) -> Var<'t, B> {
         let len = tokens.len() / batch;
         let how = Attention { batch, heads: self.heads, kv_heads: self.kv_heads, causal: true };
+        let guides = &self.guides[..];
         let mut x = w[self.embedding].embedding(tokens); // [N, d]
         for block in &self.blocks {
             let h = x.rms_norm(w[block.attention_norm], NORM_EPS); // [N, d]
-            let q = block.q.apply(w, h).rope(&self.rope, len, 0); // [N, heads·h]
-            let k = block.k.apply(w, h).rope(&self.rope, len, 0); // [N, kv_heads·h]
-            let v = block.v.apply(w, h); // [N, kv_heads·h]
-            x = x + block.o.apply(w, q.attention(k, v, how)); // [N, d]
+            let q = block.q.apply(w, h, guides).rope(&self.rope, len, 0); // [N, heads·h]
+            let k = block.k.apply(w, h, guides).rope(&self.rope, len, 0); // [N, kv_heads·h]
+            let v = block.v.apply(w, h, guides); // [N, kv_heads·h]
+            x = x + block.o.apply(w, q.attention(k, v, how), guides); // [N, d]
             let h = x.rms_norm(w[block.ffn_norm], NORM_EPS); // [N, d]
-            let f = block.gate.apply(w, h).swiglu(block.up.apply(w, h)); // [N, f]
-            x = x + block.down.apply(w, f); // [N, d]
+            let f = block.gate.apply(w, h, guides).swiglu(block.up.apply(w, h, guides)); // [N, f]
+            x = x + block.down.apply(w, f, guides); // [N, d]
         }
         x.rms_norm(w[self.norm], NORM_EPS).linear(w[self.head]) // [N, v]
     }

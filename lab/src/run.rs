@@ -49,6 +49,8 @@ pub struct Summary {
     /// Absent where the system does not tell.
     pub peak_memory_mib: Option<f64>,
     pub steps: usize,
+    /// FLOPs of the whole training, as flops.rs counts them.
+    pub train_flops: f64,
     pub method: Method,
     pub seed: u64,
 }
@@ -278,6 +280,7 @@ mod tests {
             tokens_per_second: 512.0,
             peak_memory_mib: peak_memory_mib(),
             steps: 1,
+            train_flops: 1e9,
             method: Method::DenseAdamw,
             seed: 1,
         };

@@ -9,6 +9,7 @@ use crate::cli::TrainArgs;
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::error::{Error, Result};
+use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
@@ -167,6 +168,7 @@ impl Loop<'_> {
             tokens_per_second: self.meta.tokens as f64 / self.meta.seconds,
             peak_memory_mib: peak_memory_mib(),
             steps: config.steps,
+            train_flops: step_flops(config).total() * config.steps as f64,
             method: config.method,
             seed: config.seed,
         };

@@ -5,19 +5,19 @@
 use std::time::{Duration, Instant};
 
 use rankgrad::autograd::Tape;
-use rankgrad::lowrank::{
-    AdamW, FactorPair, Optimizer, Params, Rule, ScheduleKind, Spectron, SpectronConfig, Values,
-    clip_global_norm,
-};
+use rankgrad::lowrank::{AdamW, Optimizer, Params, ScheduleKind, Values, clip_global_norm};
 use rankgrad::tensor::{Backend, Cpu, Tensor};
 
 use crate::checkpoint::{Checkpoint, HostTensor, Meta};
-use crate::config::{Config, Method, Schedule};
+use crate::config::{Config, Schedule};
 use crate::data::{Batch, Corpus};
 use crate::error::{Error, Result};
+use crate::guide;
+use crate::methods::{Matrices, PairRule, entry, optimizer};
 use crate::model::Model;
 
-type PairRule<B> = Box<dyn Rule<B, FactorPair<B>>>;
+/// Where checkpoints are read and written.
+type Host = Cpu<f32>;
 
 /// A model in training.
 pub struct Trainer<B: Backend = Cpu<f32>> {
@@ -58,8 +58,13 @@ impl<B: Backend> Trainer<B> {
         let mut loss = 0.0;
         let mut sum: Option<Values<B>> = None;
         let share = 1.0 / micro_batches.len() as f64;
-        for batch in micro_batches {
+        for (i, batch) in micro_batches.iter().enumerate() {
             let start = Instant::now();
+            if let Matrices::Guided { skip } = entry::<B>(self.config.method).matrices {
+                let guides = self.model.guides.len();
+                self.model.guides =
+                    guide::training_weights(&self.config, skip, self.steps(), i as u64, guides);
+            }
             let tape = Tape::new(&self.device);
             let w = self.params.on(&tape);
             let batch_loss = self.model.loss(&w, &batch.inputs, &batch.targets, batch.rows);
@@ -92,7 +97,18 @@ impl<B: Backend> Trainer<B> {
         }
         let Config { lr, adam_lr, .. } = self.config;
         self.optimizer.step(&mut self.params, &grads, lr * factor, adam_lr * factor);
+        self.guide();
         Ok(Step { loss, grad_norm, forward, backward, optimizer: start.elapsed() })
+    }
+
+    /// Guides and their optimizer state as they stand after the updates so far.
+    fn guide(&mut self) {
+        let before = self.params.values.hidden.len();
+        self.model.guide_at(self.steps(), &self.config, &mut self.params);
+        if self.params.values.hidden.len() < before {
+            self.optimizer.hidden = Box::new(AdamW::new([]));
+            self.optimizer.hidden_scales.clear();
+        }
     }
 
     /// Updates done.
@@ -150,25 +166,27 @@ impl Trainer {
     /// # Errors
     /// A tensor that is missing, of another shape, or left over.
     pub fn restore(&mut self, checkpoint: Checkpoint) -> Result<()> {
+        self.optimizer.steps = checkpoint.meta.step;
+        self.guide();
         let mut checkpoint = restore_params(&mut self.params, checkpoint)?;
         for (name, x) in self.optimizer.state() {
             replace(&mut checkpoint, &format!("opt.{name}"), x)?;
         }
-        checkpoint.all_taken("opt.")?;
-        self.optimizer.steps = checkpoint.meta.step;
-        Ok(())
+        checkpoint.all_taken("opt.")
     }
 }
 
 /// A model and its parameters, on the CPU.
-pub type Loaded = (Model<Cpu<f32>>, Params<Cpu<f32>>);
+pub type Loaded = (Model<Host>, Params<Host>);
 
 /// The model of a checkpoint, for use without further training.
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or left over.
 pub fn load_model(checkpoint: Checkpoint) -> Result<Loaded> {
-    let (model, mut params) = Model::new(&Cpu::default(), &checkpoint.meta.config);
+    let config = &checkpoint.meta.config;
+    let (mut model, mut params) = Model::new(&Cpu::default(), config);
+    model.guide_at(checkpoint.meta.step, config, &mut params);
     restore_params(&mut params, checkpoint)?;
     Ok((model, params))
 }
@@ -186,28 +204,6 @@ fn replace(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<Cpu<f32>>) ->
     let values = checkpoint.take(name, x.shape().dims())?;
     *x = Tensor::from_vec(x.device(), x.shape(), values); // like x
     Ok(())
-}
-
-fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B, PairRule<B>> {
-    let Config { weight_decay, beta1, beta2, momentum, .. } = *config;
-    let values = &params.values;
-    let adamw = |mut adamw: AdamW<B>| {
-        (adamw.beta1, adamw.beta2, adamw.weight_decay) = (beta1, beta2, weight_decay);
-        adamw
-    };
-    let pairs: PairRule<B> = match config.method {
-        Method::Spectron | Method::DenseAdamw => {
-            let config = SpectronConfig { beta: momentum, weight_decay, ..SpectronConfig::default() };
-            Box::new(Spectron::with(config, &values.pairs))
-        }
-        Method::Adamw => Box::new(adamw(AdamW::for_pairs(&values.pairs))),
-    };
-    Optimizer {
-        pairs,
-        hidden: Box::new(adamw(AdamW::new(&values.hidden))),
-        dense: adamw(AdamW::new(&values.dense)),
-        steps: 0,
-    }
 }
 
 /// The factor on the learning rates as a function of the step.
@@ -231,7 +227,7 @@ mod tests {
     //! tests/data/reference_steps.json: losses and gradient norms of each step, sums over each parameter at the end.
 
     use super::*;
-    use crate::config::Overrides;
+    use crate::config::{Method, Overrides};
     use rankgrad::tensor::Scalar;
     use serde_json::Value;
 

@@ -90,11 +90,25 @@ fn metrics(run: &Path) -> Vec<Value> {
 
 #[test]
 fn resuming_changes_no_bit() {
-    for method in ["spectron", "adamw", "dense-adamw"] {
+    for (method, more) in [
+        ("spectron", ""),
+        ("adamw", ""),
+        ("muon-factors", "--nesterov"),
+        ("renormalised", ""),
+        ("momentum-factors", "--lr-scale shape"),
+        ("lora-muon", ""),
+        // two micro-batches: each draws the guides to skip anew
+        ("self-guided", "--accumulate 2"),
+        ("self-guided-cheap", "--accumulate 2"),
+        ("dense-adamw", ""),
+        ("dense-muon", "--nesterov --lr-scale shape"),
+    ] {
         let desk = Desk::new();
-        let flags = format!("--method {method} --steps 200 --eval-every 50 --weight-decay 0.1");
+        let flags = format!("--method {method} --steps 200 --eval-every 50 --weight-decay 0.1 {more}");
         desk.train("whole", &flags);
-        desk.train("parts", &format!("{flags} --stop-after 100 --threads 1"));
+        // before and after step 100, where the guides are dropped
+        desk.train("parts", &format!("{flags} --stop-after 70 --threads 1"));
+        desk.ok("train --resume parts --quiet --threads 2 --stop-after 120");
         assert!(!desk.path("parts/final.json").exists());
         desk.ok("train --resume parts --quiet --threads 3");
         assert_eq!(desk.tensors("whole"), desk.tensors("parts"), "{method}");
@@ -121,7 +135,15 @@ fn a_run_learns_and_its_files_say_so() {
     let desk = Desk::new();
     desk.train("run", "--steps 150 --lr 0.05 --seed 3 --checkpoint-every 40 --keep 2");
     let summary = json(&desk.path("run/final.json"));
-    for key in ["val_bits_per_byte", "params", "tokens", "seconds", "tokens_per_second", "peak_memory_mib"] {
+    for key in [
+        "val_bits_per_byte",
+        "params",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "peak_memory_mib",
+        "train_flops",
+    ] {
         assert!(summary[key].as_f64().unwrap() > 0.0, "{key}");
     }
     assert_eq!(summary["steps"], 150);
@@ -152,6 +174,35 @@ fn a_run_learns_and_its_files_say_so() {
     }
 }
 
+/// A model under guidance is validated, inspected and sampled with its guides; at the end none is left.
+#[test]
+fn guides_come_and_go() {
+    let desk = Desk::new();
+    let flags = "--method self-guided-cheap --steps 100 --lr 0.01 --adam-lr 0.01 --eval-batches 0 --keep 0";
+    desk.train("run", &format!("{flags} --eval-every 20 --checkpoint-every 20"));
+    let tensors = |step: &str| {
+        let bytes = std::fs::read(desk.path(&format!("run/step-{step}.safetensors"))).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        file.names().into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let guides = |step: &str| tensors(step).iter().filter(|name| name.contains("guide")).count();
+    assert_eq!((guides("00000040"), guides("00000060")), (2 * 7, 0));
+    assert!(tensors("00000060").iter().all(|name| !name.starts_with("opt.hidden")));
+    for (i, step) in ["00000020", "00000040", "00000060"].iter().enumerate() {
+        let file = format!("run/step-{step}.safetensors");
+        let evaluation: Value = serde_json::from_str(&desk.ok(&format!("eval {file} --json"))).unwrap();
+        let records = metrics(&desk.path("run"));
+        let validated = records.iter().filter(|r| r.get("val_loss").is_some()).nth(i).unwrap();
+        assert_eq!(evaluation["val_loss"], validated["val_loss"]);
+        desk.ok(&format!("inspect {file}"));
+        desk.ok(&format!("generate {file} --tokens 3"));
+    }
+    desk.train("plain", "--method adamw --steps 1");
+    let summary = json(&desk.path("run/final.json"));
+    assert_eq!(summary["params"], json(&desk.path("plain/final.json"))["params"]);
+    assert!(summary["val_loss"].as_f64().unwrap() < 3.0);
+}
+
 #[test]
 fn micro_batches_make_one_batch() {
     let desk = Desk::new();
@@ -171,6 +222,9 @@ fn variants_of_the_model_train() {
         "--zero-init-output --init orthogonal --schedule wsd",
         "--method dense-adamw --lr 0.01 --zero-init-output --schedule linear",
         "--rank-ratio 1 --schedule constant --clip 0",
+        "--nesterov --lr-scale shape --schedule linear --final-lr-fraction 0 --zero-init-output",
+        "--method lora-muon --zero-init-output",
+        "--method self-guided --zero-init-output --kv-heads 1",
     ]
     .iter()
     .enumerate()
@@ -253,6 +307,7 @@ fn bad_input_is_answered_by_name() {
         ("train --preset smal", "small"),
         ("train --method spektron", "spectron"),
         ("train --stepz 3", "--steps"),
+        ("train --lr-scale shap", "shape"),
         ("train --config bad.toml", "rank_ratio"),
         ("train --data text --steps 0", "steps is 0"),
         ("train --data text --batch 0", "batch is 0"),

@@ -1,0 +1,204 @@
+//! FLOPs of a training step, from shapes alone. A multiply-add counts as two.
+//!
+//! Counted: the matrix products of the layers, of causal attention and of the head, forward, and backward at twice the
+//! forward; every operation of the optimizer on matrices and tables. Not counted: what is linear in the activations (norms,
+//! rotations, softmax, SwiGLU, the loss, embedding look-ups), attention's recomputation in the backward (as usual for model
+//! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, and Nesterov's look-ahead.
+//! Letters: p × q a matrix or factor, s the smaller of both, m × n a layer's W, r rank, T context, d width.
+
+use rankgrad::lowrank::NewtonSchulz;
+
+use crate::config::Config;
+use crate::guide;
+use crate::methods::{Matrices, entry};
+
+/// Per optimizer step, all micro-batches together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepFlops {
+    pub forward: f64,
+    pub backward: f64,
+    pub optimizer: f64,
+    /// Self-guided training's part, forward, backward and optimizer of the guides: the mean over the whole run.
+    pub guide: f64,
+    /// The guides' products, forward and backward, in a step where none is skipped.
+    pub guide_products: f64,
+}
+
+impl StepFlops {
+    /// All of it, as a mean over the run.
+    pub fn total(&self) -> f64 {
+        self.forward + self.backward + self.optimizer + self.guide
+    }
+}
+
+/// The shapes [m, n] of one block's matrices.
+fn matrices(c: &Config) -> [[usize; 2]; 7] {
+    let kv_dim = c.dim / c.heads * c.kv_heads;
+    let (square, narrow, wide) = ([c.dim, c.dim], [kv_dim, c.dim], [c.ffn, c.dim]);
+    [square, narrow, narrow, square, wide, wide, [c.dim, c.ffn]]
+}
+
+/// FLOPs of one step of training under `c`.
+pub fn step_flops(c: &Config) -> StepFlops {
+    let entry = entry::<rankgrad::tensor::Cpu<f32>>(c.method);
+    let tokens = (c.accumulate * c.batch * c.context) as f64;
+    let layers = c.layers as f64;
+    let sum = |f: &dyn Fn(usize, usize) -> f64| -> f64 { matrices(c).iter().map(|&[m, n]| f(m, n)).sum() };
+
+    let dense = sum(&|m, n| 2.0 * (m * n) as f64); // per token and block
+    let factored = sum(&|m, n| 2.0 * (c.rank(m, n) * (m + n)) as f64);
+    let products = if c.factored() { factored } else { dense };
+    // q·kᵀ and p·v, over the (T + 1)/2 keys that a query sees on average
+    let attention = 2.0 * 2.0 * c.dim as f64 * 0.5 * (c.context + 1) as f64;
+    let head = 2.0 * (c.vocab * c.dim) as f64;
+    let forward = tokens * (layers * (products + attention) + head);
+
+    let tables = if c.tie { 1 } else { 2 };
+    let rest = adamw(tables * c.vocab + 2 * c.layers + 1, c.dim); // tables and gains
+    let moves = sum(&|m, n| match c.factored() {
+        true => (entry.flops)(m, c.rank(m, n)) + (entry.flops)(n, c.rank(m, n)),
+        false => (entry.flops)(m, n),
+    });
+    let guide_products = match entry.matrices {
+        Matrices::Guided { .. } => 3.0 * tokens * layers * dense,
+        _ => 0.0,
+    };
+    let guide = match entry.matrices {
+        Matrices::Guided { skip } => {
+            let [exist, computed] = guide::shares(c, skip);
+            computed * guide_products + exist * layers * sum(&adamw)
+        }
+        _ => 0.0,
+    };
+    StepFlops { forward, backward: 2.0 * forward, optimizer: layers * moves + rest, guide, guide_products }
+}
+
+/// Per element: 3 for the mean, 4 for the square, 7 for the update.
+pub fn adamw(p: usize, q: usize) -> f64 {
+    14.0 * (p * q) as f64
+}
+
+/// M ← βM + (1−β)∇ and X ← keep·X − step·M: 3 per element each.
+pub fn momentum_only(p: usize, q: usize) -> f64 {
+    6.0 * (p * q) as f64
+}
+
+/// Orthogonalised momentum.
+pub fn muon(p: usize, q: usize) -> f64 {
+    momentum_only(p, q) + newton_schulz(p, q)
+}
+
+/// Muon, and one step of power iteration on the factor.
+pub fn spectron(p: usize, q: usize) -> f64 {
+    muon(p, q) + power_iteration(p, q, 1)
+}
+
+/// Three steps of power iteration on the factor and on its momentum, which is scaled to ‖M‖_F = 1 first.
+pub fn renormalised(p: usize, q: usize) -> f64 {
+    momentum_only(p, q) + 3.0 * (p * q) as f64 + 2.0 * power_iteration(p, q, 3)
+}
+
+/// Muon, and S^{−1/2} of the factor: the Gram matrix 2pq², its eigenvectors 9q³ (Golub & Van Loan, 8.3.5), their product
+/// 2q³ + q²; and two products with the partner's, 2pq² each.
+pub fn lora_muon(p: usize, q: usize) -> f64 {
+    let (x, r) = (p as f64, q as f64);
+    muon(p, q) + 6.0 * x * r * r + 11.0 * r * r * r + r * r
+}
+
+/// Norm and scaling 3pq; per iteration the Gram matrix and the product back, 2·p·q·s each, G² 2s³, bG + cG² 3s², aX pq.
+fn newton_schulz(p: usize, q: usize) -> f64 {
+    let (pq, s) = ((p * q) as f64, p.min(q) as f64);
+    let iteration = 4.0 * pq * s + 2.0 * s * s * s + 3.0 * s * s + pq;
+    3.0 * pq + NewtonSchulz::default().steps as f64 * iteration
+}
+
+/// Wᵀu once, W·v and Wᵀu per step.
+fn power_iteration(p: usize, q: usize, steps: usize) -> f64 {
+    (2 * p * q * (1 + 2 * steps)) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Method, Overrides};
+
+    /// d 8, one layer, 2 query heads and 1 key/value head of size 4, ffn 12, vocabulary 256, tied head, context 3,
+    /// 2 sequences in each of 2 micro-batches, rank ratio 0.5, 10 steps.
+    fn config(method: Method) -> Config {
+        let file = "dim = 8\nlayers = 1\nheads = 2\nkv_heads = 1\nffn = 12\nvocab = 256\ntie = true\ncontext = 3\n\
+                    batch = 2\naccumulate = 2\nrank_ratio = 0.5\nsteps = 10\nwarmup = 0\n";
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, file).unwrap();
+        Config { method, ..Overrides::from_file(&path).unwrap().resolve().unwrap() }
+    }
+
+    /// Per token: q and o 8×8, k and v 4×8, gate and up 12×8, down 8×12:
+    /// 64 + 64 + 32 + 32 + 96 + 96 + 96 = 480 multiply-adds, 960 FLOPs. Attention: 2 keys on average (1, 2, 3), 8 numbers
+    /// each, twice: 32 multiply-adds, 64 FLOPs. Head: 256·8 = 2048 multiply-adds, 4096 FLOPs. Together 5120; with
+    /// 2·2·3 = 12 tokens 61,440 forward and 122,880 backward.
+    /// AdamW, 14 per element: 480 in matrices; table 2048 and 3 gains of 8, 2072: 14·2552 = 35,728.
+    #[test]
+    fn dense_by_hand() {
+        let f = step_flops(&config(Method::DenseAdamw));
+        assert_eq!((f.forward, f.backward, f.optimizer, f.guide), (61_440.0, 122_880.0, 35_728.0, 0.0));
+        assert_eq!(f.total(), 220_048.0);
+    }
+
+    /// Ranks: 4 for q, o, gate, up and down, 2 for k and v. Multiply-adds per token: q and o 4·16 = 64 each, k and v
+    /// 2·12 = 24 each, gate, up and down 4·20 = 80 each: 416, 832 FLOPs. With attention and head 832 + 64 + 4096 = 4992;
+    /// times 12 tokens 59,904.
+    /// Factors: 8×4 (both of q and o, one each of gate, up and down: 7), 12×4 (3), 4×2 (2), 8×2 (2): 224 + 144 + 16 + 32 = 416
+    /// elements. AdamW: 14·(416 + 2072) = 34,832.
+    #[test]
+    fn factored_by_hand() {
+        let f = step_flops(&config(Method::Adamw));
+        assert_eq!((f.forward, f.backward, f.optimizer), (59_904.0, 119_808.0, 34_832.0));
+    }
+
+    /// Spectron on the same factors. Momentum and update 6·416 = 2496. Power iteration, 3 products of 2pq: 6·416 = 2496.
+    /// Newton–Schulz, per matrix 3pq + 5·(4pq·s + 2s³ + 3s² + pq):
+    /// 8×4: 96 + 5·(512 + 128 + 48 + 32) = 3696, seven times 25,872; 12×4: 144 + 5·(768 + 128 + 48 + 48) = 5104, three times
+    /// 15,312; 4×2: 24 + 5·(64 + 16 + 12 + 8) = 524, twice 1048; 8×2: 48 + 5·(128 + 16 + 12 + 16) = 908, twice 1816; together
+    /// 44,048. The rest by AdamW: 14·2072 = 29,008. Sum 78,048.
+    #[test]
+    fn spectron_by_hand() {
+        let f = step_flops(&config(Method::Spectron));
+        assert_eq!((f.forward, f.optimizer), (59_904.0, 78_048.0));
+        // without power iteration; without either
+        assert_eq!(step_flops(&config(Method::MuonFactors)).optimizer, 75_552.0);
+        assert_eq!(step_flops(&config(Method::MomentumFactors)).optimizer, 31_504.0);
+        // 9 per element and twice 7 products of 2pq: (9 + 28)·416 + 29,008
+        assert_eq!(step_flops(&config(Method::Renormalised)).optimizer, 44_400.0);
+        // beside Muon 6pq² + 11q³ + q², 8×4: 768 + 704 + 16 = 1488, 12×4: 1152 + 720 = 1872, 4×2: 96 + 88 + 4 = 188,
+        // 8×2: 192 + 92 = 284: 7·1488 + 3·1872 + 2·188 + 2·284 = 16,976
+        assert_eq!(step_flops(&config(Method::LoraMuon)).optimizer, 75_552.0 + 16_976.0);
+    }
+
+    /// Muon on the whole matrices, s = min(p, q): 6·480 = 2880; Newton–Schulz 8×8: 192 + 5·(2048 + 1024 + 192 + 64) = 16,832,
+    /// twice; 4×8: 96 + 5·(512 + 128 + 48 + 32) = 3696, twice; 12×8: 288 + 5·(3072 + 1024 + 192 + 96) = 22,208, three times:
+    /// 107,680. With 29,008 for the rest 139,568.
+    #[test]
+    fn dense_muon_by_hand() {
+        assert_eq!(step_flops(&config(Method::DenseMuon)).optimizer, 139_568.0);
+    }
+
+    /// The guides' products: 3·12·960 = 34,560 in a step; their AdamW 14·480 = 6720. They exist in 5 of 10 steps:
+    /// 0.5·41,280 = 20,640. Skipping: α = (1 + cos(πt/5))/2, t = 0 … 4, adds up to 3 (the cosines of t and 5 − t cancel,
+    /// which leaves 1 of t = 0): 0.3·34,560 + 0.5·6720 = 13,728.
+    #[test]
+    fn guides_by_hand() {
+        let f = step_flops(&config(Method::SelfGuided));
+        assert_eq!((f.forward, f.optimizer, f.guide), (59_904.0, 34_832.0, 20_640.0));
+        let cheap = step_flops(&config(Method::SelfGuidedCheap));
+        assert!((cheap.guide - 13_728.0).abs() < 1e-6, "{}", cheap.guide);
+    }
+
+    #[test]
+    fn an_untied_head_costs_no_products_but_an_update() {
+        let tied = step_flops(&config(Method::Spectron));
+        let untied = step_flops(&Config { tie: false, ..config(Method::Spectron) });
+        assert_eq!(untied.forward, tied.forward);
+        assert_eq!(untied.optimizer - tied.optimizer, 14.0 * 2048.0);
+    }
+}

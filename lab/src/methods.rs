@@ -1,0 +1,140 @@
+//! The methods side by side: what the blocks' matrices are, what moves them, and at which learning rates. One line each.
+//!
+//! A new method is a rule in the library, a name in [`Method`] and a line in [`entry`]. Not here: embeddings, head and gains,
+//! which AdamW trains under every method.
+
+use rankgrad::lowrank::{
+    AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, Optimizer, Params, Renormalised, Rule,
+    Spectron, SpectronConfig, shape_scale,
+};
+use rankgrad::tensor::{Backend, Tensor};
+
+use crate::config::{Config, LrScale, Method};
+use crate::flops;
+
+pub type PairRule<B> = Box<dyn Rule<B, FactorPair<B>>>;
+pub type MatrixRule<B> = Box<dyn Rule<B, Tensor<B>>>;
+
+/// What the blocks' matrices are, with the rule that moves them.
+pub enum Matrices<B: Backend> {
+    /// Factor pairs.
+    Factored(fn(&Config, &[FactorPair<B>]) -> PairRule<B>),
+    /// Whole matrices.
+    Dense(fn(&Config, &[Tensor<B>]) -> MatrixRule<B>),
+    /// Factor pairs, each with a whole matrix beside it for the first half of the run (guide.rs); AdamW moves both.
+    /// `skip`: a guide is left out of a forward pass with probability 1 − α.
+    Guided { skip: bool },
+}
+
+/// One line of the table.
+pub struct Entry<B: Backend> {
+    pub matrices: Matrices<B>,
+    /// Default peak learning rates: of the blocks' matrices, and of everything else.
+    pub lr: f64,
+    pub adam_lr: f64,
+    /// FLOPs of one update of one matrix or factor [p, q].
+    pub flops: fn(usize, usize) -> f64,
+}
+
+/// The table. Rates: for `spectron`, `adamw` and `dense-adamw` the best at `tiny` in 2,000 steps; for the others the best `lr` of
+/// three or four, factors of 2 to 3 apart, at `tiny` in 200 steps and one seed: starting points for a grid, no more.
+/// `self-guided-cheap` has the rates of `self-guided`.
+pub fn entry<B: Backend>(method: Method) -> Entry<B> {
+    use Matrices::{Dense, Factored, Guided};
+    let line = |matrices, lr, adam_lr, flops| Entry { matrices, lr, adam_lr, flops };
+    match method {
+        Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
+        Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
+        Method::MuonFactors => line(Factored(muon_factors), 0.02, 4e-3, flops::muon),
+        Method::Renormalised => line(Factored(renormalised), 0.1, 4e-3, flops::renormalised),
+        Method::MomentumFactors => line(Factored(momentum_factors), 1.0, 4e-3, flops::momentum_only),
+        Method::LoraMuon => line(Factored(lora_muon), 0.025, 4e-3, flops::lora_muon),
+        Method::SelfGuided => line(Guided { skip: false }, 2e-3, 2e-3, flops::adamw),
+        Method::SelfGuidedCheap => line(Guided { skip: true }, 2e-3, 2e-3, flops::adamw),
+        Method::DenseAdamw => line(Dense(dense_adamw), 1e-3, 1e-3, flops::adamw),
+        Method::DenseMuon => line(Dense(dense_muon), 0.04, 4e-3, flops::muon),
+    }
+}
+
+/// The optimizer of a model under `config`.
+pub fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B, PairRule<B>> {
+    let values = &params.values;
+    let mut pairs: PairRule<B> = Box::new(adamw(config, AdamW::for_pairs(&values.pairs)));
+    let mut hidden: MatrixRule<B> = Box::new(adamw(config, AdamW::new(&values.hidden)));
+    match entry(config.method).matrices {
+        Matrices::Factored(rule) => pairs = rule(config, &values.pairs),
+        Matrices::Dense(rule) => hidden = rule(config, &values.hidden),
+        Matrices::Guided { .. } => {}
+    }
+    let scale = |m: usize, n: usize| match config.lr_scale {
+        LrScale::Uniform => 1.0,
+        LrScale::Shape => shape_scale(m, n, config.dim),
+    };
+    Optimizer {
+        pairs,
+        hidden,
+        dense: adamw(config, AdamW::new(&values.dense)),
+        pair_scales: values.pairs.iter().map(|p| scale(p.outputs(), p.inputs())).collect(),
+        hidden_scales: values.hidden.iter().map(|w| scale(w.rows(), w.cols())).collect(),
+        steps: 0,
+    }
+}
+
+fn adamw<B: Backend>(c: &Config, mut rule: AdamW<B>) -> AdamW<B> {
+    (rule.beta1, rule.beta2, rule.weight_decay) = (c.beta1, c.beta2, c.weight_decay);
+    rule
+}
+
+fn adamw_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    Box::new(adamw(c, AdamW::for_pairs(pairs)))
+}
+
+fn dense_adamw<B: Backend>(c: &Config, matrices: &[Tensor<B>]) -> MatrixRule<B> {
+    Box::new(adamw(c, AdamW::new(matrices)))
+}
+
+fn spectron<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    let settings = SpectronConfig {
+        beta: c.momentum,
+        nesterov: c.nesterov,
+        weight_decay: c.weight_decay,
+        ..SpectronConfig::default()
+    };
+    Box::new(Spectron::with(settings, pairs))
+}
+
+/// Without a scale by shape: Spectron less the renormalisation, and nothing else.
+fn muon_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    let mut rule = Muon::for_pairs(pairs);
+    (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    Box::new(rule)
+}
+
+fn renormalised<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    let mut rule = Renormalised::new(pairs);
+    (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    Box::new(rule)
+}
+
+fn momentum_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    let mut rule = MomentumOnly::new(pairs);
+    (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    Box::new(rule)
+}
+
+fn lora_muon<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    let mut rule = LoraMuon::new(pairs);
+    (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    Box::new(rule)
+}
+
+/// With Jordan's scale, unless --lr-scale shape already scales by shape.
+fn dense_muon<B: Backend>(c: &Config, matrices: &[Tensor<B>]) -> MatrixRule<B> {
+    let mut rule = Muon::new(matrices);
+    (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    rule.scale = match c.lr_scale {
+        LrScale::Uniform => MuonScale::Aspect,
+        LrScale::Shape => MuonScale::One,
+    };
+    Box::new(rule)
+}

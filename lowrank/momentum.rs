@@ -1,0 +1,62 @@
+//! What the momentum rules share: the moving average of the gradients, and batches of one shape for the orthogonalisation.
+//!
+//! Letters: M momentum, β its decay, ∇ the gradient.
+
+use super::FactorPair;
+use super::optimizer::State;
+use crate::tensor::{Backend, Tensor};
+
+/// M ← βM + (1−β)∇ for each average; returns the directions to go against: M, or with `nesterov` βM + (1−β)∇, the average
+/// as it would stand after the same gradient once more (Dozat 2016; Muon's default).
+pub(crate) fn momentum<'a, B: Backend>(
+    averages: impl IntoIterator<Item = &'a mut Tensor<B>>,
+    grads: impl IntoIterator<Item = &'a Tensor<B>>,
+    beta: f64,
+    nesterov: bool,
+) -> Vec<Tensor<B>> {
+    let one = |(m, g): (&mut Tensor<B>, &Tensor<B>)| {
+        m.axpby(1.0 - beta, g, beta);
+        if !nesterov {
+            return m.clone(); // like m
+        }
+        let mut ahead = g.scale(1.0 - beta); // like m
+        ahead.axpby(beta, m, 1.0);
+        ahead
+    };
+    averages.into_iter().zip(grads).map(one).collect()
+}
+
+/// A and B of each pair, in turn.
+pub(crate) fn factors<B: Backend>(pairs: &[FactorPair<B>]) -> Vec<&Tensor<B>> {
+    pairs.iter().flat_map(|p| [&p.a, &p.b]).collect()
+}
+
+/// As [`factors`], for writing.
+pub(crate) fn factors_mut<B: Backend>(pairs: &mut [FactorPair<B>]) -> Vec<&mut Tensor<B>> {
+    pairs.iter_mut().flat_map(|p| [&mut p.a, &mut p.b]).collect()
+}
+
+/// State under the names `what.0`, `what.1`, …
+pub(crate) fn named<'a, B: Backend>(
+    what: &str,
+    tensors: impl IntoIterator<Item = &'a mut Tensor<B>>,
+) -> State<'a, B> {
+    tensors.into_iter().enumerate().map(|(i, x)| (format!("{what}.{i}"), x)).collect()
+}
+
+/// Applies `f` to batches of one shape each; the results come back in the order of `items`.
+pub(crate) fn each_shape<B: Backend>(
+    items: &[&Tensor<B>],
+    f: impl Fn(&[&Tensor<B>]) -> Vec<Tensor<B>>,
+) -> Vec<Tensor<B>> {
+    let mut results: Vec<Option<Tensor<B>>> = items.iter().map(|_| None).collect();
+    while let Some(first) = results.iter().position(Option::is_none) {
+        let shape = items[first].shape();
+        let members: Vec<usize> = (first..items.len()).filter(|&i| items[i].shape() == shape).collect();
+        let batch: Vec<_> = members.iter().map(|&i| items[i]).collect();
+        for (i, y) in members.into_iter().zip(f(&batch)) {
+            results[i] = Some(y);
+        }
+    }
+    results.into_iter().flatten().collect()
+}
