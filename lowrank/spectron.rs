@@ -55,7 +55,7 @@ pub struct SpectronConfig {
     ///
     /// - ‖O‖ ≤ 1, by dividing by [`NewtonSchulz::norm_bound`];
     /// - σ_A and σ_B from above, by [`spectral_norm_upper_bound`], carried from step to step by σ(A⁺) ≤ σ(A) + ‖ΔA‖ and
-    ///   refreshed every [`REFRESH`] steps;
+    ///   refreshed every 8 steps;
     /// - ρ ≤ 1 where the paper's radius needs it;
     /// - weight decay d = ηλ moves W by at most d·σ_A·σ_B: that comes out of η, and d is lowered where it would take more
     ///   than half;
@@ -80,7 +80,7 @@ impl Default for SpectronConfig {
 }
 
 /// Steps between fresh certificates. In between, a bound grows by at most ρ per step: at ρ = 0.01·σ, 8 % in 8 steps.
-pub const REFRESH: u64 = 8;
+const REFRESH: u64 = 8;
 
 /// Rounding inside Newton–Schulz can lift ‖O‖ above the bound of exact arithmetic: by about 1e-6 in f32, and this is ten
 /// times that.
