@@ -1,6 +1,6 @@
 //! One optimizer for a whole model: each kind of parameter goes to its own rule, by type.
 
-use super::{AdamW, FactorPair, Params, Spectron, Values};
+use super::{AdamW, FactorPair, Params, Spectron, StepReport, Values};
 use crate::tensor::{Backend, Tensor};
 
 /// The tensors that a rule must save to continue bit-identically, by name.
@@ -16,6 +16,10 @@ pub trait Rule<B: Backend, P>: Send {
     fn step(&mut self, params: &mut [P], grads: &[P], lr: &[f64], t: u64);
     /// Everything that must be saved.
     fn state(&mut self) -> State<'_, B>;
+    /// What the last step did to each parameter, where the rule bounds its steps. Others have nothing to report.
+    fn reports(&self) -> &[StepReport] {
+        &[]
+    }
 }
 
 /// The rules of a model, one per kind of parameter.
@@ -94,6 +98,9 @@ impl<B: Backend, P, R: Rule<B, P> + ?Sized> Rule<B, P> for Box<R> {
     }
     fn state(&mut self) -> State<'_, B> {
         (**self).state()
+    }
+    fn reports(&self) -> &[StepReport] {
+        (**self).reports()
     }
 }
 

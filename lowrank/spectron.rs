@@ -145,11 +145,6 @@ impl<B: Backend> Spectron<B> {
     pub fn config(&self) -> &SpectronConfig {
         &self.config
     }
-
-    /// σ, ρ and shrink of each pair in the last step.
-    pub fn reports(&self) -> &[StepReport] {
-        &self.reports
-    }
 }
 
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
@@ -188,6 +183,10 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
         let u = self.u.iter_mut().enumerate().map(|(i, x)| (format!("u.{i}"), x));
         let bounds = self.bounds.iter_mut().enumerate().map(|(i, x)| (format!("bound.{i}"), x));
         momentum.chain(u).chain(bounds).collect()
+    }
+
+    fn reports(&self) -> &[StepReport] {
+        &self.reports
     }
 }
 

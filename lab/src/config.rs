@@ -34,6 +34,10 @@ pub enum Preset {
 pub enum Method {
     /// factor pairs, trained by Spectron
     Spectron,
+    /// factor pairs, trained by Spectron with the largest radius that its bound allows
+    SpectronExact,
+    /// the same, with every step proven to keep to ‖ΔW‖ ≤ η
+    SpectronCertified,
     /// factor pairs, each factor trained by AdamW
     Adamw,
     /// factor pairs, each factor trained by Muon (Spectron without renormalisation)

@@ -4,8 +4,8 @@
 //! which AdamW trains under every method.
 
 use rankgrad::lowrank::{
-    AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, Optimizer, Params, Renormalised, Rule,
-    Spectron, SpectronConfig, shape_scale,
+    AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, Optimizer, Params, Radius, Renormalised,
+    Rule, Spectron, SpectronConfig, shape_scale,
 };
 use rankgrad::tensor::{Backend, Tensor};
 
@@ -44,6 +44,8 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     let line = |matrices, lr, adam_lr, flops| Entry { matrices, lr, adam_lr, flops };
     match method {
         Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
+        Method::SpectronExact => line(Factored(spectron_exact), 0.025, 4e-3, flops::spectron),
+        Method::SpectronCertified => line(Factored(spectron_certified), 0.025, 4e-3, flops::spectron),
         Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
         Method::MuonFactors => line(Factored(muon_factors), 0.02, 4e-3, flops::muon),
         Method::Renormalised => line(Factored(renormalised), 0.1, 4e-3, flops::renormalised),
@@ -94,13 +96,24 @@ fn dense_adamw<B: Backend>(c: &Config, matrices: &[Tensor<B>]) -> MatrixRule<B> 
 }
 
 fn spectron<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
-    let settings = SpectronConfig {
-        beta: c.momentum,
-        nesterov: c.nesterov,
-        weight_decay: c.weight_decay,
-        ..SpectronConfig::default()
-    };
-    Box::new(Spectron::with(settings, pairs))
+    spectron_with(c, pairs, SpectronConfig::default())
+}
+
+fn spectron_exact<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    spectron_with(c, pairs, SpectronConfig { radius: Radius::Exact, ..SpectronConfig::default() })
+}
+
+fn spectron_certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    spectron_with(
+        c,
+        pairs,
+        SpectronConfig { radius: Radius::Exact, certify: true, ..SpectronConfig::default() },
+    )
+}
+
+fn spectron_with<B: Backend>(c: &Config, pairs: &[FactorPair<B>], base: SpectronConfig) -> PairRule<B> {
+    let Config { momentum: beta, nesterov, weight_decay, .. } = *c;
+    Box::new(Spectron::with(SpectronConfig { beta, nesterov, weight_decay, ..base }, pairs))
 }
 
 /// Without a scale by shape: Spectron less the renormalisation, and nothing else.
