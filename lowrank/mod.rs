@@ -26,6 +26,7 @@ mod schedule;
 mod spectral;
 mod spectron;
 mod svd;
+mod telemetry;
 
 pub use adamw::AdamW;
 pub use certificate::{certify_spectral_norm, spectral_norm_upper_bound};
@@ -40,3 +41,4 @@ pub use renormalised::{MomentumOnly, Renormalised};
 pub use schedule::{Schedule, ScheduleKind};
 pub use spectral::{power_iteration, spectral_norm_estimate, start_vector};
 pub use spectron::{Radius, Spectron, SpectronConfig, StepReport, exact_radius, update_radius};
+pub use telemetry::{Accuracy, MatrixTelemetry, PairTelemetry, matrix_telemetry, pair_telemetry};

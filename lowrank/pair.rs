@@ -170,6 +170,6 @@ impl<B: Backend> FactorPair<B> {
 }
 
 /// A matrix as nalgebra's, in f64.
-fn to_nalgebra<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
+pub(super) fn to_nalgebra<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
     DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
 }
