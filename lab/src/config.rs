@@ -82,6 +82,16 @@ pub enum Schedule {
     Wsd,
 }
 
+/// How telemetry finds spectral norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Telemetry {
+    /// estimates from below, usually within 0.1 %
+    Fast,
+    /// decompositions, to rounding: slow
+    Exact,
+}
+
 /// How a factor pair starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -217,6 +227,12 @@ pub struct TrainingOptions {
     /// Steps between the records of metrics.jsonl [default: 10]
     #[arg(long, help_heading = "Output")]
     pub log_every: Option<usize>,
+    /// Steps between the records that have norms of the blocks' matrices and of their change; 0 = never [default: 100]
+    #[arg(long, help_heading = "Output")]
+    pub telemetry_every: Option<usize>,
+    /// How those norms are found [default: fast]
+    #[arg(long, help_heading = "Output")]
+    pub telemetry: Option<Telemetry>,
     /// Steps between checkpoints; 0 = only at the end [default: 500]
     #[arg(long, help_heading = "Output")]
     pub checkpoint_every: Option<usize>,
@@ -277,14 +293,25 @@ pub struct Config {
     pub eval_every: usize,
     pub eval_batches: usize,
     pub log_every: usize,
+    pub telemetry_every: usize,
+    pub telemetry: Telemetry,
     pub checkpoint_every: usize,
     pub keep: usize,
 }
 
 /// What `--resume` lets change, because the weights at a given step do not depend on it. `data` may have moved:
 /// whoever resumes compares the corpus' hash.
-const FREE_ON_RESUME: [&str; 7] =
-    ["threads", "data", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep"];
+const FREE_ON_RESUME: [&str; 9] = [
+    "threads",
+    "data",
+    "eval_every",
+    "eval_batches",
+    "log_every",
+    "telemetry_every",
+    "telemetry",
+    "checkpoint_every",
+    "keep",
+];
 
 impl Overrides {
     /// Reads a TOML file of `key = value` lines; the keys are the long flags with `_` for `-`.
@@ -309,6 +336,7 @@ impl Overrides {
         check_name::<Schedule>(&table, "schedule")?;
         check_name::<Init>(&table, "init")?;
         check_name::<LrScale>(&table, "lr_scale")?;
+        check_name::<Telemetry>(&table, "telemetry")?;
         Ok(Overrides {
             model: toml::from_str(text).map_err(toml_error)?,
             training: toml::from_str(text).map_err(toml_error)?,
@@ -383,6 +411,8 @@ impl Overrides {
             eval_every: t.eval_every.unwrap_or(250),
             eval_batches: t.eval_batches.unwrap_or(50),
             log_every: t.log_every.unwrap_or(10),
+            telemetry_every: t.telemetry_every.unwrap_or(100),
+            telemetry: t.telemetry.unwrap_or(Telemetry::Fast),
             checkpoint_every: t.checkpoint_every.unwrap_or(500),
             keep: t.keep.unwrap_or(3),
         };
@@ -608,6 +638,7 @@ mod tests {
             ("rank-ratio = 0.5", "did you mean `rank_ratio`?"),
             ("quux = 3", "unknown key `quux`; there are: preset, method"),
             ("method = \"spektron\"", "unknown method \"spektron\"; did you mean `spectron`?"),
+            ("telemetry = \"exakt\"", "unknown telemetry \"exakt\"; did you mean `exact`?"),
             ("preset = \"huge\"", "unknown preset \"huge\"; there are: tiny, small, mid"),
             ("\nsteps = \"many\"", "line 2"),
             ("steps = -1", "line 1"),
@@ -626,6 +657,8 @@ mod tests {
         let ask = |toml| recorded.resumed_with(&Overrides::from_toml(toml).unwrap());
         assert_eq!(ask("").unwrap(), recorded);
         assert_eq!(ask("steps = 200\nthreads = 2").unwrap(), Config { threads: 2, ..recorded.clone() });
+        let looked_at = Config { telemetry_every: 7, telemetry: Telemetry::Exact, ..recorded.clone() };
+        assert_eq!(ask("telemetry_every = 7\ntelemetry = \"exact\"").unwrap(), looked_at);
         let error = ask("lr = 0.5").unwrap_err().to_string();
         assert!(error.contains("`lr` is 0.025 there, 0.5 was asked for"), "{error}");
         assert!(

@@ -1,14 +1,17 @@
-//! `eval` and `inspect`: what a checkpoint is worth, and what its factor pairs look like.
+//! `eval` and `inspect`: what a checkpoint is worth, and what its matrices look like.
 
-use rankgrad::lowrank::FactorPair;
+use std::path::Path;
+
+use rankgrad::lowrank::{Accuracy, FactorPair, MatrixTelemetry, Params, matrix_telemetry, pair_telemetry};
 use rankgrad::tensor::{Cpu, Tensor};
 use serde::Serialize;
 
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::{EvalArgs, InspectArgs};
 use crate::config::{Config, name};
 use crate::data::Corpus;
 use crate::error::{Error, Result};
+use crate::run::{MatrixRecord, Record, Telemetry, read_metrics};
 use crate::trainer::{Trainer, load_model};
 
 #[derive(Serialize)]
@@ -48,7 +51,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     Ok(())
 }
 
-/// The spectrum of one factor pair.
+/// One factor pair: its spectra, and what the last step with telemetry did to it.
 #[derive(Serialize)]
 struct PairReport {
     name: String,
@@ -58,11 +61,23 @@ struct PairReport {
     /// Spectral norms.
     sigma_a: f64,
     sigma_b: f64,
-    sigma_w: f64,
-    /// ‖W‖_F² / σ(W)²: how many directions carry W.
-    stable_rank: f64,
     /// ‖AᵀA − BᵀB‖_F.
     gauge_imbalance: f64,
+    /// σ(W), ‖W‖_F² / σ(W)²: how many directions carry W; ‖ΔW‖₂.
+    #[serde(flatten)]
+    w: MatrixRecord,
+    rho: Option<f64>,
+    shrink: Option<f64>,
+}
+
+/// One matrix that is kept whole.
+#[derive(Serialize)]
+struct MatrixReport {
+    name: String,
+    outputs: usize,
+    inputs: usize,
+    #[serde(flatten)]
+    w: MatrixRecord,
 }
 
 #[derive(Serialize)]
@@ -71,50 +86,81 @@ struct Report<'a> {
     tokens: u64,
     parameters: usize,
     config: &'a Config,
+    /// The step that the updates are of: the newest with telemetry, up to `step`.
+    telemetry_step: Option<u64>,
     pairs: Vec<PairReport>,
+    hidden: Vec<MatrixReport>,
 }
 
-impl PairReport {
-    fn new(name: &str, pair: &FactorPair<Cpu<f32>>) -> Self {
-        let sigma = pair.singular_values();
-        let sigma_w = sigma[0];
-        let square: f64 = sigma.iter().map(|s| s * s).sum();
-        Self {
-            name: name.into(),
-            outputs: pair.outputs(),
-            inputs: pair.inputs(),
-            rank: pair.rank(),
-            sigma_a: spectral_norm(&pair.a),
-            sigma_b: spectral_norm(&pair.b),
-            sigma_w,
-            stable_rank: if sigma_w > 0.0 { square / (sigma_w * sigma_w) } else { 0.0 },
-            gauge_imbalance: pair.gauge_imbalance(),
-        }
+/// The W of now, with the update of `then`.
+fn matrix_record(now: MatrixTelemetry, then: Option<&MatrixRecord>) -> MatrixRecord {
+    MatrixRecord {
+        sigma_w: Some(now.sigma),
+        stable_rank: Some(now.stable_rank),
+        update: then.and_then(|w| w.update),
+        update_over_eta: then.and_then(|w| w.update_over_eta),
+        update_over_w: then.and_then(|w| w.update_over_w),
     }
 }
 
-/// σ(X) exactly, as the square root of σ(X·Xᵀ): a factor is a pair with itself.
-fn spectral_norm(x: &Tensor<Cpu<f32>>) -> f64 {
-    FactorPair::new(x.clone(), x.clone()).singular_values()[0].sqrt()
+/// The newest record with telemetry among those of the checkpoint's run, up to its step.
+fn newest_telemetry(checkpoint: &Path, step: u64) -> Result<Option<Record>> {
+    let metrics = checkpoint.with_file_name("metrics.jsonl");
+    let records = if metrics.exists() { read_metrics(&metrics)? } else { Vec::new() };
+    let told = |r: &Record| r.step <= step && r.telemetry != Telemetry::default();
+    Ok(records.into_iter().rev().find(told))
 }
 
-/// Prints shape, rank and spectra of a checkpoint's factor pairs.
+fn report<'a>(meta: &'a Meta, params: &Params<Cpu<f32>>, last: Option<&Record>) -> Report<'a> {
+    let pair = |(name, pair): (&String, &FactorPair<Cpu<f32>>)| {
+        let seen = pair_telemetry(None, pair, Accuracy::Exact);
+        let then = last.and_then(|r| r.telemetry.pairs.get(name));
+        PairReport {
+            name: name.clone(),
+            outputs: pair.outputs(),
+            inputs: pair.inputs(),
+            rank: pair.rank(),
+            sigma_a: seen.sigma_a,
+            sigma_b: seen.sigma_b,
+            gauge_imbalance: seen.gauge_imbalance,
+            w: matrix_record(seen.w, then.map(|pair| &pair.w)),
+            rho: then.and_then(|pair| pair.rho),
+            shrink: then.and_then(|pair| pair.shrink),
+        }
+    };
+    // a decomposition of each would take minutes
+    let matrix = |(name, w): (&String, &Tensor<Cpu<f32>>)| {
+        let then = last.and_then(|r| r.telemetry.hidden.get(name));
+        let w_now = matrix_telemetry(None, w, Accuracy::Fast);
+        MatrixReport {
+            name: name.clone(),
+            outputs: w.rows(),
+            inputs: w.cols(),
+            w: matrix_record(w_now, then),
+        }
+    };
+    Report {
+        step: meta.step,
+        tokens: meta.tokens,
+        parameters: params.count(),
+        config: &meta.config,
+        telemetry_step: last.map(|r| r.step),
+        pairs: params.pair_names.iter().zip(&params.values.pairs).map(pair).collect(),
+        hidden: params.hidden_names.iter().zip(&params.values.hidden).map(matrix).collect(),
+    }
+}
+
+/// Prints shape, rank and spectra of a checkpoint's matrices, and how far the last step with telemetry moved them.
 ///
 /// # Errors
-/// A checkpoint that cannot be used.
+/// A checkpoint that cannot be used; a damaged metrics.jsonl beside it.
 pub fn inspect(args: &InspectArgs) -> Result<()> {
     let path = checkpoint::find(&args.checkpoint)?;
     let checkpoint = Checkpoint::load(&path)?;
     let meta = checkpoint.meta.clone();
     let (_, params) = load_model(checkpoint)?;
-    let pairs = params.pair_names.iter().zip(&params.values.pairs);
-    let report = Report {
-        step: meta.step,
-        tokens: meta.tokens,
-        parameters: params.count(),
-        config: &meta.config,
-        pairs: pairs.map(|(name, pair)| PairReport::new(name, pair)).collect(),
-    };
+    let last = newest_telemetry(&path, meta.step)?;
+    let report = report(&meta, &params, last.as_ref());
     if args.json {
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
@@ -127,33 +173,69 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
         report.tokens,
         report.parameters
     );
-    if report.pairs.is_empty() {
-        crate::say!("its matrices are dense: there are no factor pairs");
-        return Ok(());
+    if let Some(step) = report.telemetry_step {
+        crate::say!("ΔW, ρ and shrink are those of step {step}");
     }
-    crate::say!(
-        "{:<20} {:>11} {:>5} {:>8} {:>8} {:>8} {:>11} {:>12}",
-        "pair",
-        "shape",
-        "rank",
-        "σ(A)",
-        "σ(B)",
-        "σ(W)",
-        "stable rank",
-        "‖AᵀA − BᵀB‖"
-    );
+    if !report.pairs.is_empty() {
+        crate::say!(
+            "{:<20} {:>11} {:>5} {:>8} {:>8} {:>8} {:>11} {:>12} {:>10} {:>10} {:>10} {:>9}",
+            "pair",
+            "shape",
+            "rank",
+            "σ(A)",
+            "σ(B)",
+            "σ(W)",
+            "stable rank",
+            "‖AᵀA − BᵀB‖",
+            "ρ",
+            "‖ΔW‖/‖W‖",
+            "‖ΔW‖/η",
+            "shrink"
+        );
+    }
     for p in &report.pairs {
         crate::say!(
-            "{:<20} {:>11} {:>5} {:>8.4} {:>8.4} {:>8.4} {:>11.2} {:>12.4}",
+            "{:<20} {:>11} {:>5} {:>8.4} {:>8.4} {:>8} {:>11} {:>12.4} {:>10} {:>10} {:>10} {:>9}",
             p.name,
             format!("{}×{}", p.outputs, p.inputs),
             p.rank,
             p.sigma_a,
             p.sigma_b,
-            p.sigma_w,
-            p.stable_rank,
-            p.gauge_imbalance
+            cell(p.w.sigma_w, 4),
+            cell(p.w.stable_rank, 2),
+            p.gauge_imbalance,
+            cell(p.rho, 6),
+            cell(p.w.update_over_w, 6),
+            cell(p.w.update_over_eta, 4),
+            cell(p.shrink, 6)
+        );
+    }
+    if !report.hidden.is_empty() {
+        crate::say!(
+            "{:<26} {:>11} {:>10} {:>11} {:>10} {:>10}",
+            "matrix",
+            "shape",
+            "σ(W), est.",
+            "stable rank",
+            "‖ΔW‖/‖W‖",
+            "‖ΔW‖/η"
+        );
+    }
+    for m in &report.hidden {
+        crate::say!(
+            "{:<26} {:>11} {:>10} {:>11} {:>10} {:>10}",
+            m.name,
+            format!("{}×{}", m.outputs, m.inputs),
+            cell(m.w.sigma_w, 4),
+            cell(m.w.stable_rank, 2),
+            cell(m.w.update_over_w, 6),
+            cell(m.w.update_over_eta, 4)
         );
     }
     Ok(())
+}
+
+/// So many decimals, or a dash.
+fn cell(x: Option<f64>, decimals: usize) -> String {
+    x.map_or("–".into(), |x| format!("{x:.decimals$}"))
 }

@@ -4,6 +4,7 @@
 //! object a line, in the order of the steps and without repeats, also after a resume.
 //! Not here: the training loop that produces these records.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,48 @@ pub struct Record {
     /// Training time in seconds, over all parts of a resumed run.
     pub seconds: f64,
     pub tokens_per_second: f64,
+    /// Every --telemetry-every steps.
+    #[serde(flatten)]
+    pub telemetry: Telemetry,
+}
+
+/// The blocks' matrices after a step and what the step did to them, by name. Norms that are not finite are null.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Telemetry {
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub pairs: BTreeMap<String, PairRecord>,
+    /// Those that are kept whole, the guides of self-guided training among them.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub hidden: BTreeMap<String, MatrixRecord>,
+}
+
+/// A factor pair: that of the library's `PairTelemetry`, and of the rule's report where it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PairRecord {
+    pub sigma_a: Option<f64>,
+    pub sigma_b: Option<f64>,
+    pub gauge_imbalance: Option<f64>,
+    #[serde(flatten)]
+    pub w: MatrixRecord,
+    /// The radius of the step.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rho: Option<f64>,
+    /// The factor on W by weight decay.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub shrink: Option<f64>,
+}
+
+/// A matrix W.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MatrixRecord {
+    pub sigma_w: Option<f64>,
+    pub stable_rank: Option<f64>,
+    /// ‖ΔW‖₂.
+    pub update: Option<f64>,
+    /// ‖ΔW‖₂ over the matrix's own learning rate in this step.
+    pub update_over_eta: Option<f64>,
+    /// ‖ΔW‖₂/‖W‖₂, W after the step.
+    pub update_over_w: Option<f64>,
 }
 
 /// final.json: the outcome of a run.
@@ -51,6 +94,9 @@ pub struct Summary {
     pub steps: usize,
     /// FLOPs of the whole training, as flops.rs counts them.
     pub train_flops: f64,
+    /// The largest over all matrices and all steps with telemetry, ‖ΔW‖₂/‖W‖₂ and ‖ΔW‖₂ over the learning rate; null without.
+    pub max_update_over_w: Option<f64>,
+    pub max_update_over_eta: Option<f64>,
     pub method: Method,
     pub seed: u64,
 }
@@ -128,6 +174,20 @@ impl Run {
         checkpoint.save(&self.directory, checkpoint.meta.config.keep)
     }
 
+    /// The largest ‖ΔW‖₂/‖W‖₂, and ‖ΔW‖₂ over the learning rate, of all matrices in all records so far.
+    ///
+    /// # Errors
+    /// Those of [`read_metrics`].
+    pub fn largest_updates(&self) -> Result<[Option<f64>; 2]> {
+        let records = read_metrics(&self.directory.join("metrics.jsonl"))?;
+        let matrices = || {
+            let pairs = records.iter().flat_map(|r| r.telemetry.pairs.values().map(|pair| &pair.w));
+            pairs.chain(records.iter().flat_map(|r| r.telemetry.hidden.values()))
+        };
+        let over_w = matrices().filter_map(|w| w.update_over_w).reduce(f64::max);
+        Ok([over_w, matrices().filter_map(|w| w.update_over_eta).reduce(f64::max)])
+    }
+
     /// Writes final.json.
     ///
     /// # Errors
@@ -192,6 +252,21 @@ mod tests {
         let loss = Some(1.0 / step as f64);
         let (tokens, seconds) = (step * 768, 0.1 * step as f64);
         let val_loss = step.is_multiple_of(2).then_some(2.5);
+        let (some, none) = (Some(0.1 * step as f64), None);
+        let w = MatrixRecord {
+            sigma_w: some,
+            stable_rank: some,
+            update: some,
+            update_over_eta: none,
+            update_over_w: none,
+        };
+        let pair =
+            PairRecord { sigma_a: some, sigma_b: none, gauge_imbalance: some, w, rho: none, shrink: some };
+        let mut telemetry = Telemetry::default();
+        if step == 2 {
+            telemetry.pairs.insert("blocks.0.q".into(), pair);
+            telemetry.hidden.insert("blocks.0.q.guide".into(), w);
+        }
         Record {
             step,
             loss,
@@ -201,6 +276,7 @@ mod tests {
             tokens,
             seconds,
             tokens_per_second: 7680.0,
+            telemetry,
         }
     }
 
@@ -265,6 +341,7 @@ mod tests {
     fn a_loss_that_is_not_finite_is_null() {
         let text = line(&Record { loss: Some(f64::NAN), ..record(1) });
         assert!(text.contains("\"loss\":null"), "{text}");
+        assert!(!text.contains("pairs") && !text.contains("hidden"), "{text}");
     }
 
     #[test]
@@ -281,6 +358,8 @@ mod tests {
             peak_memory_mib: peak_memory_mib(),
             steps: 1,
             train_flops: 1e9,
+            max_update_over_w: None,
+            max_update_over_eta: Some(0.9),
             method: Method::DenseAdamw,
             seed: 1,
         };

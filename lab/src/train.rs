@@ -87,6 +87,9 @@ impl Loop<'_> {
         }
         while self.trainer.steps() < last && !interrupted() {
             let step = self.trainer.steps();
+            let done = step + 1;
+            let due = |every: usize| every > 0 && done.is_multiple_of(every as u64);
+            let before = due(config.telemetry_every).then(|| self.trainer.matrices());
             let start = Instant::now();
             let factor = schedule.factor(step);
             let micro = |i: usize| {
@@ -101,9 +104,7 @@ impl Loop<'_> {
             let now = tokens_per_step as f64 / seconds;
             speed = if speed == 0.0 { now } else { 0.95 * speed + 0.05 * now };
 
-            let done = step + 1;
             progress.step(done, outcome.loss, config.lr * factor, speed);
-            let due = |every: usize| every > 0 && done.is_multiple_of(every as u64);
             let val_loss = (due(config.eval_every) && done < steps).then(|| {
                 let (loss, _) = self.trainer.validate(self.corpus, config.eval_batches);
                 progress.note(&format!(
@@ -112,7 +113,8 @@ impl Loop<'_> {
                 ));
                 loss
             });
-            if due(config.log_every) || val_loss.is_some() || done == steps {
+            let telemetry = before.map(|before| self.trainer.telemetry(&before, factor));
+            if due(config.log_every) || telemetry.is_some() || val_loss.is_some() || done == steps {
                 self.run.log(&Record {
                     step: done,
                     loss: Some(outcome.loss),
@@ -122,6 +124,7 @@ impl Loop<'_> {
                     tokens: self.meta.tokens,
                     seconds: self.meta.seconds,
                     tokens_per_second: speed,
+                    telemetry: telemetry.unwrap_or_default(),
                 })?;
             }
             self.note_best(val_loss);
@@ -159,6 +162,7 @@ impl Loop<'_> {
     fn finish(mut self) -> Result<()> {
         let config = self.config;
         let (val_loss, _) = self.trainer.validate(self.corpus, 0);
+        let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
         let summary = Summary {
             val_loss,
             val_bits_per_byte: val_loss / std::f64::consts::LN_2,
@@ -169,6 +173,8 @@ impl Loop<'_> {
             peak_memory_mib: peak_memory_mib(),
             steps: config.steps,
             train_flops: step_flops(config).total() * config.steps as f64,
+            max_update_over_w,
+            max_update_over_eta,
             method: config.method,
             seed: config.seed,
         };

@@ -5,16 +5,21 @@
 use std::time::{Duration, Instant};
 
 use rankgrad::autograd::Tape;
-use rankgrad::lowrank::{AdamW, Optimizer, Params, ScheduleKind, Values, clip_global_norm};
+use rankgrad::lowrank::{
+    Accuracy, AdamW, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, Values, clip_global_norm,
+    matrix_telemetry, pair_telemetry,
+};
 use rankgrad::tensor::{Backend, Cpu, Tensor};
+use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, HostTensor, Meta};
-use crate::config::{Config, Schedule};
+use crate::config::{self, Config, Schedule};
 use crate::data::{Batch, Corpus};
 use crate::error::{Error, Result};
 use crate::guide;
 use crate::methods::{Matrices, PairRule, entry, optimizer};
 use crate::model::Model;
+use crate::run::{MatrixRecord, PairRecord, Telemetry};
 
 /// Where checkpoints are read and written.
 type Host = Cpu<f32>;
@@ -99,6 +104,44 @@ impl<B: Backend> Trainer<B> {
         self.optimizer.step(&mut self.params, &grads, lr * factor, adam_lr * factor);
         self.guide();
         Ok(Step { loss, grad_norm, forward, backward, optimizer: start.elapsed() })
+    }
+
+    /// The blocks' matrices, for [`Trainer::telemetry`] after a step. Costs nothing until the step writes to them.
+    pub fn matrices(&self) -> Values<B> {
+        let Values { pairs, hidden, .. } = &self.params.values;
+        Values { pairs: pairs.clone(), hidden: hidden.clone(), dense: Vec::new() }
+    }
+
+    /// What the last step, with both learning rates times `factor`, did to the matrices that were `before` it. Guides that it
+    /// dropped are left out.
+    pub fn telemetry(&self, before: &Values<B>, factor: f64) -> Telemetry {
+        let accuracy = accuracy(self.config.telemetry);
+        let lr = self.config.lr * factor;
+        let Values { pairs, hidden, .. } = &self.params.values;
+        let Optimizer { pair_scales, hidden_scales, .. } = &self.optimizer;
+        let reports = self.optimizer.pairs.reports();
+        let Params { pair_names, hidden_names, .. } = &self.params;
+        let pair = |i: usize| {
+            let seen = pair_telemetry(Some(&before.pairs[i]), &pairs[i], accuracy);
+            let report = reports.get(i);
+            let record = PairRecord {
+                sigma_a: finite(seen.sigma_a),
+                sigma_b: finite(seen.sigma_b),
+                gauge_imbalance: finite(seen.gauge_imbalance),
+                w: record(seen.w, lr * pair_scales[i]),
+                rho: report.map(|report| report.rho),
+                shrink: report.map(|report| report.shrink),
+            };
+            (pair_names[i].clone(), record)
+        };
+        let matrix = |i: usize| {
+            let seen = matrix_telemetry(Some(&before.hidden[i]), &hidden[i], accuracy);
+            (hidden_names[i].clone(), record(seen, lr * hidden_scales[i]))
+        };
+        Telemetry {
+            pairs: (0..pairs.len()).into_par_iter().map(pair).collect(),
+            hidden: (0..hidden.len()).into_par_iter().map(matrix).collect(),
+        }
     }
 
     /// Guides and their optimizer state as they stand after the updates so far.
@@ -204,6 +247,29 @@ fn replace(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<Cpu<f32>>) ->
     let values = checkpoint.take(name, x.shape().dims())?;
     *x = Tensor::from_vec(x.device(), x.shape(), values); // like x
     Ok(())
+}
+
+/// `eta`: the matrix's own learning rate.
+fn record(w: MatrixTelemetry, eta: f64) -> MatrixRecord {
+    MatrixRecord {
+        sigma_w: finite(w.sigma),
+        stable_rank: finite(w.stable_rank),
+        update: w.update.and_then(finite),
+        update_over_eta: w.update.and_then(|update| finite(update / eta)),
+        update_over_w: w.update_over_w().and_then(finite),
+    }
+}
+
+/// JSON has no other numbers.
+fn finite(x: f64) -> Option<f64> {
+    x.is_finite().then_some(x)
+}
+
+fn accuracy(telemetry: config::Telemetry) -> Accuracy {
+    match telemetry {
+        config::Telemetry::Fast => Accuracy::Fast,
+        config::Telemetry::Exact => Accuracy::Exact,
+    }
 }
 
 /// The factor on the learning rates as a function of the step.

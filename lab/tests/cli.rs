@@ -104,7 +104,9 @@ fn resuming_changes_no_bit() {
         ("dense-muon", "--nesterov --lr-scale shape"),
     ] {
         let desk = Desk::new();
-        let flags = format!("--method {method} --steps 200 --eval-every 50 --weight-decay 0.1 {more}");
+        let flags = format!(
+            "--method {method} --steps 200 --eval-every 50 --telemetry-every 25 --weight-decay 0.1 {more}"
+        );
         desk.train("whole", &flags);
         // before and after step 100, where the guides are dropped
         desk.train("parts", &format!("{flags} --stop-after 70 --threads 1"));
@@ -122,11 +124,12 @@ fn resuming_changes_no_bit() {
             records
         };
         assert_eq!(strip("whole"), strip("parts"));
-        assert_eq!(metrics(&desk.path("parts")).len(), 20);
-        assert_eq!(
-            json(&desk.path("whole/final.json"))["val_loss"],
-            json(&desk.path("parts/final.json"))["val_loss"]
-        );
+        assert_eq!(metrics(&desk.path("parts")).len(), 20 + 4); // every 10 and every 25 steps
+        for key in ["val_loss", "max_update_over_w", "max_update_over_eta"] {
+            let [whole, parts] = ["whole", "parts"].map(|run| json(&desk.path(run).join("final.json")));
+            assert!(whole[key].as_f64().unwrap() > 0.0);
+            assert_eq!(whole[key], parts[key], "{method}: {key}");
+        }
     }
 }
 
@@ -203,6 +206,154 @@ fn guides_come_and_go() {
     assert!(summary["val_loss"].as_f64().unwrap() < 3.0);
 }
 
+/// The numbers of a record's matrix; each is there and finite.
+fn numbers(matrix: &Value, keys: &[&str]) -> Vec<f64> {
+    assert_eq!(matrix.as_object().unwrap().len(), keys.len(), "{matrix}");
+    keys.iter().map(|key| matrix[*key].as_f64().unwrap_or_else(|| panic!("{key} in {matrix}"))).collect()
+}
+
+const MATRIX: [&str; 5] = ["sigma_w", "stable_rank", "update", "update_over_eta", "update_over_w"];
+const PAIR: [&str; 8] = [
+    "sigma_w",
+    "stable_rank",
+    "update",
+    "update_over_eta",
+    "update_over_w",
+    "sigma_a",
+    "sigma_b",
+    "gauge_imbalance",
+];
+
+#[test]
+fn telemetry_looks_and_touches_nothing() {
+    for (method, more) in [
+        ("spectron", "--tie --weight-decay 0.1 --lr-scale shape"),
+        ("adamw", "--accumulate 2"),
+        ("self-guided", "--tie"),
+        ("dense-muon", "--lr-scale shape"),
+    ] {
+        let desk = Desk::new();
+        let flags = format!("--method {method} --steps 30 --log-every 8 {more}");
+        desk.train("blind", &format!("{flags} --telemetry-every 0"));
+        desk.train("fast", &format!("{flags} --telemetry-every 1 --threads 3"));
+        desk.train("exact", &format!("{flags} --telemetry-every 5 --telemetry exact"));
+        assert_eq!(desk.tensors("blind"), desk.tensors("fast"), "{method}");
+        assert_eq!(desk.tensors("blind"), desk.tensors("exact"), "{method}");
+        let blind = metrics(&desk.path("blind"));
+        assert_eq!(blind.iter().map(|r| r["step"].as_u64().unwrap()).collect::<Vec<_>>(), [8, 16, 24, 30]);
+        assert!(blind.iter().all(|r| r.get("pairs").is_none() && r.get("hidden").is_none()));
+        assert!(json(&desk.path("blind/final.json"))["max_update_over_w"].is_null());
+
+        let [fast, exact] = ["fast", "exact"].map(|run| metrics(&desk.path(run)));
+        assert_eq!((fast.len(), exact.len()), (30, 6 + 3)); // 5, 8, 10, 15, 16, 20, 24, 25, 30
+        let (mut over_w, mut over_eta) = (0.0f64, 0.0f64);
+        for record in &fast {
+            let step = record["step"].as_u64().unwrap();
+            let lr = record["lr"].as_f64().unwrap();
+            for (kind, keys, there) in [
+                ("pairs", &PAIR[..], method != "dense-muon"),
+                // guides are gone by half of the steps
+                ("hidden", &MATRIX[..], method == "dense-muon" || method == "self-guided" && step < 15),
+            ] {
+                assert_eq!(record.get(kind).is_some(), there, "{method} {kind} at {step}");
+                let Some(matrices) = record.get(kind) else { continue };
+                assert_eq!(matrices.as_object().unwrap().len(), 2 * 7);
+                for (name, matrix) in matrices.as_object().unwrap() {
+                    let mut keys = keys.to_vec();
+                    if method == "spectron" {
+                        keys.extend(["rho", "shrink"]);
+                    }
+                    let seen = numbers(matrix, &keys);
+                    // the feed-forward matrices are 24 wide in a model of 16
+                    let wide = ["gate", "up", "down"].iter().any(|ffn| name.ends_with(ffn));
+                    let scale = if more.contains("shape") && wide { 1.5f64.sqrt() } else { 1.0 };
+                    assert!((seen[3] * lr * scale / seen[2] - 1.0).abs() < 1e-12, "{name}: {matrix}");
+                    assert!((seen[4] * seen[0] / seen[2] - 1.0).abs() < 1e-12 && seen[1] >= 1.0, "{matrix}");
+                    if method == "spectron" {
+                        // ρ(σ_A + σ_B + 1) = η with σ from before the step, so nearly
+                        let eta = seen[8] * (seen[5] + seen[6] + 1.0);
+                        assert!((eta / (lr * scale) - 1.0).abs() < 0.1, "{name}: {matrix}");
+                        assert!(
+                            (seen[9] - (1.0 - 0.1 * lr * scale)).abs() < 1e-12 && seen[3] < 1.3,
+                            "{matrix}"
+                        );
+                    }
+                    (over_eta, over_w) = (over_eta.max(seen[3]), over_w.max(seen[4]));
+                }
+            }
+        }
+        let summary = json(&desk.path("fast/final.json"));
+        assert_eq!(summary["max_update_over_w"], over_w);
+        assert_eq!(summary["max_update_over_eta"], over_eta);
+        // no matrix here has more than 24 singular values, where the estimates are exact
+        for record in exact.iter().filter(|r| r["step"].as_u64().unwrap().is_multiple_of(5)) {
+            let same = fast.iter().find(|r| r["step"] == record["step"]).unwrap();
+            for kind in ["pairs", "hidden"] {
+                let matrices = record.get(kind).and_then(Value::as_object).into_iter().flatten();
+                for (name, matrix) in matrices {
+                    for (key, value) in matrix.as_object().unwrap() {
+                        let (a, b) = (value.as_f64().unwrap(), same[kind][name][key].as_f64().unwrap());
+                        assert!((a - b).abs() <= 1e-6 * b.abs(), "{name}.{key}: {a} {b}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn telemetry_may_change_on_resume_and_inspect_shows_the_newest() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 40 --checkpoint-every 10 --keep 0 --telemetry-every 15 --stop-after 22");
+    desk.ok("train --resume run --quiet --telemetry-every 4 --telemetry exact");
+    let records = metrics(&desk.path("run"));
+    let seen: Vec<_> = records.iter().filter(|r| r.get("pairs").is_some()).map(|r| &r["step"]).collect();
+    assert_eq!(seen, [15, 24, 28, 32, 36, 40]);
+    for (step, newest) in [(10, None), (20, Some(15)), (30, Some(28)), (40, Some(40))] {
+        let file = format!("run/step-{step:08}.safetensors");
+        let report: Value = serde_json::from_str(&desk.ok(&format!("inspect {file} --json"))).unwrap();
+        assert_eq!(report["telemetry_step"].as_u64(), newest);
+        let record = records.iter().find(|r| r["step"].as_u64() == newest);
+        for pair in report["pairs"].as_array().unwrap() {
+            let then = record.map(|r| &r["pairs"][pair["name"].as_str().unwrap()]);
+            for key in ["rho", "shrink", "update", "update_over_eta", "update_over_w"] {
+                assert_eq!(&pair[key], then.map_or(&Value::Null, |then| &then[key]), "{key}");
+            }
+            for key in ["sigma_a", "sigma_b", "sigma_w", "stable_rank", "gauge_imbalance"] {
+                let now = pair[key].as_f64().unwrap();
+                assert!(now > 0.0);
+                // the telemetry of the checkpoint's own step is of the same weights
+                let same =
+                    then.filter(|_| newest == Some(step)).map_or(now, |then| then[key].as_f64().unwrap());
+                assert!((now / same - 1.0).abs() < 1e-6, "{key}: {now} {same}");
+            }
+        }
+    }
+    let table = desk.ok("inspect run/step-00000010.safetensors");
+    assert!(
+        table.contains("‖ΔW‖/‖W‖") && table.contains(" –") && !table.contains("those of step"),
+        "{table}"
+    );
+    let table = desk.ok("inspect run");
+    assert!(table.contains("those of step 40") && !table.contains(" –"), "{table}");
+    // far from its run, a checkpoint is still shown
+    std::fs::copy(newest(&desk.path("run")), desk.path("alone.safetensors")).unwrap();
+    assert!(desk.ok("inspect alone.safetensors").contains(" –"));
+
+    desk.train("dense", "--method dense-adamw --steps 2 --telemetry-every 1");
+    let table = desk.ok("inspect dense");
+    assert!(
+        table.contains("blocks.1.down") && table.contains("σ(W), est.") && !table.contains(" –"),
+        "{table}"
+    );
+    let report: Value = serde_json::from_str(&desk.ok("inspect dense --json")).unwrap();
+    assert_eq!(report["hidden"].as_array().unwrap().len(), 2 * 7);
+    assert!(
+        report["hidden"][0]["stable_rank"].as_f64().unwrap() >= 1.0
+            && report["pairs"] == serde_json::json!([])
+    );
+}
+
 #[test]
 fn micro_batches_make_one_batch() {
     let desk = Desk::new();
@@ -261,10 +412,10 @@ fn a_run_that_diverges_says_where_and_keeps_its_checkpoint() {
     let desk = Desk::new();
     let errors = desk.refused(
         "train --data text --config small.toml --out run --steps 50 --method adamw --lr 1e30 --adam-lr 1e30 \
-         --checkpoint-every 1",
+         --checkpoint-every 1 --telemetry-every 1",
     );
     assert!(errors.contains("step ") && errors.contains("not finite"), "{errors}");
-    desk.ok("inspect run"); // what was saved last still loads
+    desk.ok("inspect run"); // what was saved last still loads, and so do its records
 }
 
 #[cfg(unix)]
@@ -308,6 +459,7 @@ fn bad_input_is_answered_by_name() {
         ("train --method spektron", "spectron"),
         ("train --stepz 3", "--steps"),
         ("train --lr-scale shap", "shape"),
+        ("train --telemetry exakt", "exact"),
         ("train --config bad.toml", "rank_ratio"),
         ("train --data text --steps 0", "steps is 0"),
         ("train --data text --batch 0", "batch is 0"),
