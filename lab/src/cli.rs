@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{ModelOptions, Overrides};
 use crate::error::{Error, Result};
+use crate::study::{Kind, StudyOptions};
 
 /// Train, evaluate, sample and inspect native low-rank language models.
 ///
@@ -42,6 +43,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
+    /// Compare training methods fairly: many runs, learning rates and seeds, tables
+    Study(Box<StudyArgs>),
 }
 
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";
@@ -184,6 +187,73 @@ pub struct BenchArgs {
     pub json: bool,
     #[command(flatten)]
     pub model: ModelOptions,
+}
+
+/// Flags of `study`.
+#[derive(Args, Debug)]
+#[command(allow_negative_numbers = true)] // as above
+#[command(after_help = "\
+A study is a list of arms, each a configuration. The runs of an arm: every learning rate of --grid at the first seed; while
+the best rate is the smallest or largest one, one more on that side; then the other seeds at the best rate. Options of
+`train` (--data, --preset, --dim, --steps, --schedule, ...) hold for every arm.
+
+The directory gets study.toml (these settings), runs/ID/ (config.toml, metrics.jsonl, final.json or diverged.json, as `train`
+writes them and with the same results to the bit), and after each run results.csv, table.md and tables.json. Checkpoints
+are removed when a run is over. Ctrl-C saves one of each running run; the same command, or --resume DIR, goes on.
+
+A loss spike: recorded training losses (each --log-every steps) that exceed the exponentially weighted mean of the preceding
+ones by more than max(0.5 nats, 6 of their standard deviations); weights fall by 0.9 a record, the first ten records count as
+settling, spikes do not enter the mean, consecutive ones count once.
+
+Examples:
+  rankgrad study methods --data shakespeare.txt --seeds 1,2,3 --out studies/tokens
+  rankgrad study methods --budget params --methods spectron,adamw,dense-adamw,dense-muon --grid 0.5,1,2
+  rankgrad study methods --budget flops --sizes 96,128,160 --steps 2000
+  rankgrad study ablation --steps 1000
+  rankgrad study rank --ratios 0.125,0.25,0.4,1 --methods spectron,adamw
+  rankgrad study stability --methods spectron,adamw --multiples 1,3,10,30
+  rankgrad study recipe --methods spectron,dense-muon
+  rankgrad study --resume studies/tokens --jobs 8")]
+// a study has its own ways to say these
+#[command(mut_args(|arg| match arg.get_id().as_str() {
+    "method" | "lr" | "adam_lr" | "seed" => arg.hide(true),
+    _ => arg,
+}))]
+pub struct StudyArgs {
+    /// What is compared
+    pub kind: Option<Kind>,
+    #[command(flatten)]
+    pub options: StudyOptions,
+    /// Continue the study in this directory; nothing that is finished is run again
+    #[arg(long, value_name = "DIR", help_heading = "Study")]
+    pub resume: Option<PathBuf>,
+    /// Runs at a time [default: cores / --threads, and --threads is 1]
+    #[arg(long, value_name = "N", value_parser = at_least_one(), help_heading = "Study")]
+    pub jobs: Option<usize>,
+    /// Keep the newest --keep checkpoints of runs that are over
+    #[arg(long, help_heading = "Study")]
+    pub keep_checkpoints: bool,
+    /// Show no progress
+    #[arg(long, help_heading = "Study")]
+    pub quiet: bool,
+    /// TOML file of options of `train`, as `train --config` reads it; flags win over it
+    #[arg(long, value_name = "FILE", help_heading = "Study")]
+    pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub overrides: Overrides,
+}
+
+impl StudyArgs {
+    /// The flags over those of the --config file, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`Overrides::from_file`].
+    pub fn asked(&self) -> Result<Overrides> {
+        match &self.config {
+            Some(path) => self.overrides.over(&Overrides::from_file(path)?),
+            None => Ok(self.overrides.clone()),
+        }
+    }
 }
 
 #[cfg(test)]

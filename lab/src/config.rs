@@ -570,11 +570,13 @@ fn check_name<E: ValueEnum>(table: &Table, key: &str) -> Result<()> {
     }
 }
 
-fn table<T: Serialize>(options: &T) -> Result<Table> {
+/// Options as keys and values; absent ones are absent.
+pub fn table<T: Serialize>(options: &T) -> Result<Table> {
     Table::try_from(options).map_err(|e| Error::new(format!("configuration: {e}")))
 }
 
-fn merge<T: Serialize + DeserializeOwned>(base: &T, top: &T) -> Result<T> {
+/// The values of `top`, and those of `base` where there are none.
+pub fn merge<T: Serialize + DeserializeOwned>(base: &T, top: &T) -> Result<T> {
     let mut both = table(base)?; // absent options are absent keys
     both.extend(table(top)?);
     both.try_into().map_err(|e| Error::new(format!("configuration: {e}")))

@@ -38,6 +38,14 @@ fn matrices(c: &Config) -> [[usize; 2]; 7] {
     [square, narrow, narrow, square, wide, wide, [c.dim, c.ffn]]
 }
 
+/// Trained numbers, the guides of self-guided training not counted: they are gone at the end.
+pub fn parameters(c: &Config) -> usize {
+    let matrix = |[m, n]: [usize; 2]| if c.factored() { c.rank(m, n) * (m + n) } else { m * n };
+    let tables = if c.tie { 1 } else { 2 };
+    let gains = (2 * c.layers + 1) * c.dim;
+    c.layers * matrices(c).into_iter().map(matrix).sum::<usize>() + tables * c.vocab * c.dim + gains
+}
+
 /// FLOPs of one step of training under `c`.
 pub fn step_flops(c: &Config) -> StepFlops {
     let entry = entry::<rankgrad::tensor::Cpu<f32>>(c.method);
@@ -192,6 +200,15 @@ mod tests {
         assert_eq!((f.forward, f.optimizer, f.guide), (59_904.0, 34_832.0, 20_640.0));
         let cheap = step_flops(&config(Method::SelfGuidedCheap));
         assert!((cheap.guide - 13_728.0).abs() < 1e-6, "{}", cheap.guide);
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_model() {
+        for method in [Method::Spectron, Method::DenseMuon] {
+            let c = Config { tie: method == Method::Spectron, kv_heads: 1, ..config(method) };
+            let (_, params) = crate::model::Model::new(&rankgrad::tensor::Cpu::<f32>::default(), &c);
+            assert_eq!(parameters(&c), params.count());
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Everything goes to standard error: standard output is for results.
 
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,6 +20,8 @@ pub struct Progress {
     /// None: no plain lines (a terminal, or quiet).
     last_line: Option<Instant>,
     quiet: bool,
+    /// Counts the steps, of several runs together.
+    counter: Option<Arc<AtomicU64>>,
 }
 
 impl Progress {
@@ -33,11 +36,19 @@ impl Progress {
         // The estimator must see the jump to `done` before it forgets it: those steps are no measure of the speed.
         bar.tick();
         bar.reset_eta();
-        Progress { bar, last_line: (!terminal && !quiet).then(Instant::now), quiet }
+        Progress { bar, last_line: (!terminal && !quiet).then(Instant::now), quiet, counter: None }
+    }
+
+    /// Shows nothing; adds each step to `counter`.
+    pub fn counting(counter: Arc<AtomicU64>) -> Self {
+        Progress { counter: Some(counter), ..Progress::new(0, 0, true) }
     }
 
     /// After `step` steps: training loss in nats per token, learning rate of the blocks' matrices, tokens per second.
     pub fn step(&mut self, step: u64, loss: f64, lr: f64, tokens_per_second: f64) {
+        if let Some(counter) = &self.counter {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
         let message = format!("loss {loss:.4}  lr {lr:.2e}  {tokens_per_second:.0} tokens/s");
         self.bar.set_position(step);
         if self.last_line.is_some_and(|at| at.elapsed() >= PLAIN) {
@@ -74,6 +85,11 @@ pub fn catch_interrupts() -> Result<()> {
         }
     })
     .map_err(|e| Error::new(format!("cannot catch Ctrl-C: {e}")))
+}
+
+/// As if Ctrl-C had been pressed once: every run of this program saves a checkpoint and ends.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::Relaxed);
 }
 
 /// Whether Ctrl-C was pressed.

@@ -1,5 +1,8 @@
 //! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume.
+//!
+//! A study (study/) drives the same loop, many runs at a time. Not here: the step itself (trainer.rs).
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use rankgrad::tensor::Cpu;
@@ -39,17 +42,36 @@ pub fn train(args: &TrainArgs) -> Result<()> {
     };
     catch_interrupts()?;
     crate::pool(config.threads)?.install(|| {
-        let mut trainer = Trainer::new(&Cpu::default(), &config);
-        let mut meta = Meta::new(&config, &corpus);
-        if let Some(saved) = saved {
-            meta = Meta { config: config.clone(), ..saved.meta.clone() };
-            trainer.restore(saved)?;
+        let mut training = Loop::new(&config, &corpus, run, saved)?;
+        let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
+        progress.note(&format!("data: {}", corpus.summary));
+        let params = training.trainer.params.count();
+        progress.note(&format!("run: {} ({params} parameters)", training.run.directory.display()));
+        match training.run(args.stop_after, &mut progress)? {
+            End::Finished(summary) => training.show(&summary, args.quiet),
+            End::Diverged { reason, .. } => Err(Error::new(format!(
+                "{reason}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip"
+            ))),
+            End::Stopped(checkpoint) => {
+                let why = if interrupted() { "interrupted" } else { "stopped as asked" };
+                eprintln!(
+                    "{why} after step {} of {}; saved {}. Continue with: rankgrad train --resume {}",
+                    training.trainer.steps(),
+                    config.steps,
+                    checkpoint.display(),
+                    training.run.directory.display()
+                );
+                Ok(())
+            }
         }
-        Loop { args, config: &config, corpus: &corpus, run, trainer, meta }.run()
     })
 }
 
-fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
+/// The corpus must be the one that the run began with.
+///
+/// # Errors
+/// Other bytes.
+pub fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
     if meta.corpus_sha256 == corpus.sha256 {
         return Ok(());
     }
@@ -60,8 +82,18 @@ fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
     )))
 }
 
-struct Loop<'a> {
-    args: &'a TrainArgs,
+/// How far a run came.
+pub enum End {
+    /// All steps are done and final.json is written.
+    Finished(Summary),
+    /// Ctrl-C, or the step to stop after; the checkpoint that continues it.
+    Stopped(PathBuf),
+    /// A loss or gradient was not finite: at which step, and a sentence that says where.
+    Diverged { step: u64, reason: String },
+}
+
+/// A run in its directory, and the state that it moves.
+pub struct Loop<'a> {
     config: &'a Config,
     corpus: &'a Corpus,
     run: Run,
@@ -70,16 +102,30 @@ struct Loop<'a> {
     meta: Meta,
 }
 
-impl Loop<'_> {
-    fn run(mut self) -> Result<()> {
+impl<'a> Loop<'a> {
+    /// A new run, or what `saved` continues.
+    ///
+    /// # Errors
+    /// A checkpoint that does not fit the configuration.
+    pub fn new(config: &'a Config, corpus: &'a Corpus, run: Run, saved: Option<Checkpoint>) -> Result<Self> {
+        let mut trainer = Trainer::new(&Cpu::default(), config);
+        let mut meta = Meta::new(config, corpus);
+        if let Some(saved) = saved {
+            meta = Meta { config: config.clone(), ..saved.meta.clone() };
+            trainer.restore(saved)?;
+        }
+        Ok(Loop { config, corpus, run, trainer, meta })
+    }
+
+    /// Trains to the end, to the step `stop_after`, or to Ctrl-C.
+    ///
+    /// # Errors
+    /// A file that cannot be written. A run that diverges is an [`End`].
+    pub fn run(&mut self, stop_after: Option<usize>, progress: &mut Progress) -> Result<End> {
         let config = self.config;
         let steps = config.steps as u64;
-        let last = self.args.stop_after.map_or(steps, |stop| steps.min(stop as u64));
+        let last = stop_after.map_or(steps, |stop| steps.min(stop as u64));
         let schedule = schedule(config);
-        let mut progress = Progress::new(steps, self.trainer.steps(), self.args.quiet);
-        progress.note(&format!("data: {}", self.corpus.summary));
-        let params = self.trainer.params.count();
-        progress.note(&format!("run: {} ({params} parameters)", self.run.directory.display()));
         let tokens_per_step = (config.batch * config.context * config.accumulate) as u64;
         let mut speed = 0.0;
         if self.trainer.steps() == 0 {
@@ -96,7 +142,10 @@ impl Loop<'_> {
                 self.corpus.training_batch(config.batch, config.context, config.seed, step, i as u64)
             };
             let batches: Vec<_> = (0..config.accumulate).map(micro).collect();
-            let outcome = self.trainer.step(&batches, factor)?;
+            let outcome = match self.trainer.step(&batches, factor) {
+                Ok(outcome) => outcome,
+                Err(error) => return Ok(End::Diverged { step: step + 1, reason: error.to_string() }),
+            };
             let seconds = start.elapsed().as_secs_f64();
             self.meta.tokens += tokens_per_step;
             self.meta.seconds += seconds;
@@ -134,15 +183,8 @@ impl Loop<'_> {
         }
         progress.finish();
         let path = self.save()?;
-        let done = self.trainer.steps();
-        if done < steps {
-            let why = if interrupted() { "interrupted" } else { "stopped as asked" };
-            eprintln!(
-                "{why} after step {done} of {steps}; saved {}. Continue with: rankgrad train --resume {}",
-                path.display(),
-                self.run.directory.display()
-            );
-            return Ok(());
+        if self.trainer.steps() < steps {
+            return Ok(End::Stopped(path));
         }
         self.finish()
     }
@@ -153,15 +195,20 @@ impl Loop<'_> {
         }
     }
 
-    fn save(&mut self) -> Result<std::path::PathBuf> {
+    fn save(&mut self) -> Result<PathBuf> {
         let checkpoint = self.trainer.checkpoint(self.meta.clone());
         self.run.save(&checkpoint)
     }
 
-    /// Validates on the whole split, writes final.json and the picture, shows a sample.
-    fn finish(mut self) -> Result<()> {
+    /// Validates on the whole split and writes final.json.
+    fn finish(&mut self) -> Result<End> {
         let config = self.config;
         let (val_loss, _) = self.trainer.validate(self.corpus, 0);
+        if !val_loss.is_finite() {
+            let step = config.steps as u64;
+            let reason = format!("step {step}: after its update the validation loss is not finite");
+            return Ok(End::Diverged { step, reason });
+        }
         let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
         let summary = Summary {
             val_loss,
@@ -180,20 +227,27 @@ impl Loop<'_> {
         };
         self.note_best(Some(val_loss));
         self.run.finish(&summary)?;
+        Ok(End::Finished(summary))
+    }
+
+    /// Draws the losses, prints the outcome, and unless `quiet` a sample.
+    fn show(&self, summary: &Summary, quiet: bool) -> Result<()> {
+        let config = self.config;
         let directory = &self.run.directory;
         let records = read_metrics(&directory.join("metrics.jsonl"))?;
         let mut curve = Curve::new(directory.display().to_string(), &records);
-        curve.validation.push((config.steps as f64, val_loss));
+        curve.validation.push((config.steps as f64, summary.val_loss));
         plot::losses(&directory.join("loss.svg"), &[curve])?;
         crate::say!(
-            "validation loss {val_loss:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            "validation loss {:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            summary.val_loss,
             summary.val_bits_per_byte,
             summary.tokens,
             summary.seconds,
             summary.tokens_per_second
         );
         crate::say!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
-        if !self.args.quiet {
+        if !quiet {
             let sampling = Sampling { tokens: 300, temperature: 0.8, top_k: None, seed: config.seed };
             let trainer = &self.trainer;
             let text = sample(&trainer.model, &trainer.params, config, b"\n", &sampling);

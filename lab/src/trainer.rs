@@ -170,10 +170,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     fn diverged(&self, what: &str) -> Error {
-        Error::new(format!(
-            "step {}: {what}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip",
-            self.steps() + 1
-        ))
+        Error::new(format!("step {}: {what}", self.steps() + 1))
     }
 
     /// Mean loss in nats per token over validation batches (`limit` 0: the whole split), and the tokens it is over.

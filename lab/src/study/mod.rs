@@ -1,0 +1,172 @@
+//! `study`: fair, resumable comparisons between training methods.
+//!
+//! A study is a list of arms (plan.rs); the runs of an arm follow from what its finished runs came to (search.rs), are run
+//! side by side (execute.rs), read back from their directories (outcome.rs) and summed up (tables.rs).
+//! Here: the directory of a study, and its settings, study.toml, which a continuation must not contradict.
+
+mod execute;
+mod outcome;
+mod plan;
+mod search;
+mod tables;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cli::StudyArgs;
+use crate::config::{ModelOptions, Overrides, TrainingOptions, merge, name, table};
+use crate::data::Corpus;
+use crate::error::{Error, Result, cannot, write_atomically};
+use crate::progress::catch_interrupts;
+use crate::study::execute::Study;
+use crate::study::plan::Plan;
+
+pub use plan::{Kind, StudyOptions};
+
+/// study.toml: what decides the results. Options that were not given are absent.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    kind: Kind,
+    /// Of the bytes of the data.
+    data_sha256: String,
+    study: StudyOptions,
+    model: ModelOptions,
+    training: TrainingOptions,
+}
+
+/// Runs a study, or what is left of one.
+///
+/// # Errors
+/// Bad options or data, another study's directory, files that cannot be written.
+pub fn study(args: &StudyArgs) -> Result<()> {
+    let mut asked = args.asked()?;
+    let threads = asked.model.threads.take().unwrap_or(1); // changes no result, so it is no setting
+    let out = asked.training.out.take();
+    if let Some(data) = &mut asked.training.data {
+        for path in data {
+            *path = std::path::absolute(&path).map_err(cannot("find the data", path))?;
+        }
+    }
+    let recorded = match &args.resume {
+        Some(_) if out.is_some() => {
+            return Err(Error::new("--out cannot go with --resume: the study stays in its directory"));
+        }
+        Some(directory) => Some(Settings::read(directory)?),
+        None => None,
+    };
+    let (kind, options, base) = match (&recorded, args.kind) {
+        (None, None) => {
+            return Err(Error::new("name the KIND of study, or --resume DIR; see rankgrad study --help"));
+        }
+        (None, Some(kind)) => (kind, args.options.clone(), asked),
+        (Some(recorded), kind) => {
+            let base = Overrides { model: recorded.model.clone(), training: recorded.training.clone() };
+            (kind.unwrap_or(recorded.kind), merge(&recorded.study, &args.options)?, asked.over(&base)?)
+        }
+    };
+    let plan = Plan::new(kind, &options, &base)?;
+    let corpus = Corpus::load(base.training.data.as_deref().unwrap_or(&[]), plan.arms[0].config.context)?;
+    let settings = Settings {
+        kind,
+        data_sha256: corpus.sha256.clone(),
+        study: options,
+        model: base.model,
+        training: base.training,
+    };
+    let directory = match args.resume.clone().or(out) {
+        Some(directory) if directory.join("study.toml").exists() => {
+            Settings::read(&directory)?.agree(&settings, &directory)?;
+            directory
+        }
+        out => settings.begin(out)?,
+    };
+    catch_interrupts()?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = args.jobs.unwrap_or(if threads == 0 { 1 } else { (cores / threads).max(1) });
+    if !args.quiet {
+        eprintln!("data: {}", corpus.summary);
+        eprintln!("study: {} ({} arms, {jobs} runs at a time)", directory.display(), plan.arms.len());
+        plan.notes.iter().for_each(|note| eprintln!("{note}"));
+    }
+    let shown = Mutex::new(String::new());
+    let report = |outcomes: &execute::Outcomes| {
+        *shown.lock().expect("nobody panics with it") = tables::write(&directory, kind, &plan, outcomes)?;
+        Ok(())
+    };
+    let complete = Study {
+        directory: &directory,
+        plan: &plan,
+        corpus: &corpus,
+        jobs,
+        threads,
+        keep_checkpoints: args.keep_checkpoints,
+        quiet: args.quiet,
+        report: &report,
+    }
+    .run()?;
+    if complete {
+        crate::say!("{}", shown.into_inner().expect("nobody panics with it"));
+        crate::say!("{}: study.toml, results.csv, table.md, tables.json, runs", directory.display());
+    } else {
+        eprintln!("interrupted. Continue with: rankgrad study --resume {}", directory.display());
+    }
+    Ok(())
+}
+
+impl Settings {
+    fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("study.toml");
+        let text = fs::read_to_string(&path).map_err(cannot("read the study", &path))?;
+        toml::from_str(&text).map_err(cannot("read the study", &path))
+    }
+
+    /// These, recorded in `directory`, must be those that are asked for now.
+    fn agree(&self, asked: &Settings, directory: &Path) -> Result<()> {
+        let (recorded, asked) = (flat(self)?, flat(asked)?);
+        let keys = recorded.keys().chain(asked.keys());
+        let value =
+            |table: &toml::Table, key: &str| table.get(key).map_or("not given".into(), ToString::to_string);
+        match keys.into_iter().find(|&key| recorded.get(key) != asked.get(key)) {
+            None => Ok(()),
+            Some(key) => Err(Error::new(format!(
+                "{} holds a study with other settings: `{key}` is {} there, {} now; give the same, or another --out",
+                directory.display(),
+                value(&recorded, key),
+                value(&asked, key)
+            ))),
+        }
+    }
+
+    /// Makes the directory of a new study, by default the next free studies/KIND-NUMBER, and records the settings in it.
+    fn begin(&self, out: Option<PathBuf>) -> Result<PathBuf> {
+        let kind = name(self.kind);
+        let free = |number: usize| Path::new("studies").join(format!("{kind}-{number:03}"));
+        let directory =
+            out.unwrap_or_else(|| (1..).map(free).find(|d| !d.exists()).expect("numbers do not end"));
+        fs::create_dir_all(&directory).map_err(cannot("make the directory", &directory))?;
+        if directory.join("runs").exists() || directory.join("config.toml").exists() {
+            return Err(Error::new(format!(
+                "{} holds runs, but no study.toml; choose another --out",
+                directory.display()
+            )));
+        }
+        let toml = toml::to_string(self).map_err(cannot("record the study", &directory))?;
+        write_atomically(&directory.join("study.toml"), toml.as_bytes())?;
+        Ok(directory)
+    }
+}
+
+/// All settings in one table: no two have the same name.
+fn flat(settings: &Settings) -> Result<toml::Table> {
+    let mut flat = table(settings)?;
+    for part in ["study", "model", "training"] {
+        if let Some(toml::Value::Table(inner)) = flat.remove(part) {
+            flat.extend(inner);
+        }
+    }
+    Ok(flat)
+}
