@@ -33,7 +33,7 @@ pub use certificate::{certify_spectral_norm, spectral_norm_upper_bound};
 pub use init::{PairInit, gaussian, haar, pair as init_pair, spectral_values};
 pub use lora_muon::LoraMuon;
 pub use muon::{Muon, MuonScale};
-pub use newton_schulz::{NewtonSchulz, newton_schulz};
+pub use newton_schulz::{NewtonSchulz, Space, newton_schulz};
 pub use optimizer::{Optimizer, Rule, State, clip_global_norm, shape_scale};
 pub use pair::{Costs, FactorPair};
 pub use params::{Dense, Hidden, Pair, PairVar, ParamVars, Params, Values};

@@ -1,50 +1,72 @@
 //! Newton–Schulz orthogonalisation: a matrix towards the nearest one with orthonormal columns (or rows), by products alone.
 //!
-//! Not an exact polar factor: with the usual coefficients the singular values land near 1, not at 1. A pure function over a
-//! batch of same-shaped matrices, so that a device can run it as one batch.
-//! Letters: M input, X iterate, G Gram matrix of X over its shorter side, U·Σ·Vᵀ the SVD of M.
+//! Not an exact polar factor: with the usual coefficients the singular values land near 1, not at 1 (orthogonaliser.rs has
+//! the alternatives). A pure function over a batch of same-shaped matrices, so that a device can run it as one batch.
+//! Letters: M [p, q] input, X iterate, G Gram matrix of X over its shorter side r, P polynomial in G, U·Σ·Vᵀ the SVD of M.
 
 use super::spectral::unit;
-use crate::tensor::{Accum, Backend, Mat, Tensor, same_shape};
+use crate::tensor::{Accum, Backend, Mat, Scalar, Tensor, same_shape};
+use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NewtonSchulz {
     pub coefficients: [f64; 3],
     pub steps: usize,
+    /// Where the iteration runs. The result is the same but for rounding.
+    pub space: Space,
+}
+
+/// Where steps X ← X·(aI + bG + cG²) are evaluated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// On X [p, q], as printed: G = XᵀX anew in every step.
+    Plain,
+    /// On r×r matrices where that takes fewer FLOPs (for the default steps, from p = 1.5·r on): see [`newton_schulz`].
+    Gram,
 }
 
 impl Default for NewtonSchulz {
     /// Five steps with (3.4445, −4.7750, 2.0315): Jordan et al. 2024 (Muon), used by Spectron's Algorithm 2. They trade an
     /// exact limit for speed near zero: 3.4445 per step there.
     fn default() -> Self {
-        Self { coefficients: [3.4445, -4.7750, 2.0315], steps: 5 }
+        Self { coefficients: [3.4445, -4.7750, 2.0315], steps: 5, space: Space::Gram }
     }
 }
 
 impl NewtonSchulz {
     /// What one step does to a singular value: p(x) = ax + bx³ + cx⁵.
     pub fn map(&self, x: f64) -> f64 {
-        let [a, b, c] = self.coefficients;
-        x * (a + x * x * (b + x * x * c))
+        odd_quintic(self.coefficients, x)
     }
 
     /// A proven bound of every singular value that the steps can produce from [0, 1], in exact arithmetic; infinite if the
-    /// coefficients diverge.
-    ///
-    /// Each step sends [0, s] into [0, max |p|], and |p| is largest at s or where p'(x) = a + 3bx² + 5cx⁴ = 0. With the
-    /// default coefficients: 1.20237, at the first step, and no more from there on.
+    /// coefficients diverge. With the default: 1.20237, at the first step, and no more from there on.
     pub fn norm_bound(&self) -> f64 {
-        let [a, b, c] = self.coefficients;
+        norm_bound(&self.schedule())
+    }
+
+    fn schedule(&self) -> Vec<[f64; 3]> {
+        vec![self.coefficients; self.steps]
+    }
+}
+
+/// p(x) = ax + bx³ + cx⁵.
+pub(super) fn odd_quintic([a, b, c]: [f64; 3], x: f64) -> f64 {
+    x * (a + x * x * (b + x * x * c))
+}
+
+/// Bounds |x| after one p after the other, from x in [0, 1]: each sends [0, s] into [0, max |p|], and |p| is largest at s or
+/// where p'(x) = a + 3bx² + 5cx⁴ = 0.
+pub(super) fn norm_bound(schedule: &[[f64; 3]]) -> f64 {
+    schedule.iter().fold(1.0, |s, &[a, b, c]| {
         let root = (9.0 * b * b - 20.0 * a * c).sqrt(); // NaN: p is monotone
         let quadratic = [(-3.0 * b + root) / (10.0 * c), (-3.0 * b - root) / (10.0 * c)];
         let linear = [-a / (3.0 * b), f64::NAN]; // c = 0
         let stationary = if c == 0.0 { linear } else { quadratic }.map(f64::sqrt);
-        (0..self.steps).fold(1.0, |s, _| {
-            let inside = stationary.into_iter().filter(|x| (0.0..s).contains(x));
-            inside.chain([s]).map(|x| self.map(x).abs()).fold(0.0, f64::max)
-        })
-    }
+        let inside = stationary.into_iter().filter(|x| (0.0..s).contains(x));
+        inside.chain([s]).map(|x| odd_quintic([a, b, c], x).abs()).fold(0.0, f64::max)
+    })
 }
 
 /// ≈ U·Vᵀ of each M in a batch of one shape [p, q]; 0 for M = 0 (and for momenta that have not started).
@@ -54,48 +76,125 @@ impl NewtonSchulz {
 /// σ/‖M‖_F ≥ 1.51e-3 into [0.68, 1.2024], and no σ can exceed 1.2024 (the map's maximum on [0, 1] is 1.20237, and it sends
 /// [0, 1.2024] into itself).
 ///
+/// In Gram space (Amsel et al. 2025, arXiv 2505.16932, section on rectangular matrices): X_k = X₀·P_k, where P_k and G_k are
+/// polynomials in G₀ = X₀ᵀX₀, so all of them commute, and with Q = aI + bG + cG² a step is P ← P·Q, G ← Q·G·Q. Only G₀ and
+/// the product X₀·P at the end cost p·r². Rounding errors of G grow by a² per step where singular values are small, so X is
+/// formed and G computed anew before they have grown by [`DRIFT`]: for the default steps once, after the second.
+///
 /// # Panics
 /// If the matrices are not of one shape.
 #[track_caller]
 pub fn newton_schulz<B: Backend>(batch: &[&Tensor<B>], how: NewtonSchulz) -> Vec<Tensor<B>> {
+    iterate(batch, &how.schedule(), how.space)
+}
+
+/// How much errors of G may grow between restarts. Three steps of the default coefficients grow it by 3.4445⁴ = 141.
+const DRIFT: f64 = 200.0;
+
+/// The steps between restarts. From the end, since errors made early are amplified by every step that follows.
+fn groups<'a>(mut schedule: &'a [[f64; 3]], space: Space, p: usize, q: usize) -> Vec<&'a [[f64; 3]]> {
+    let each = schedule.chunks(1).collect(); // a restart in every step: the plain form
+    if space == Space::Plain {
+        return each;
+    }
+    let mut groups: Vec<&'a [[f64; 3]]> = Vec::new();
+    while let Some(last) = schedule.len().checked_sub(1) {
+        let (mut first, mut growth) = (last, 1.0);
+        while first > 0 {
+            growth *= schedule[first - 1][0].powi(2);
+            if growth.is_nan() || growth > DRIFT {
+                break;
+            }
+            first -= 1;
+        }
+        groups.insert(0, &schedule[first..]);
+        schedule = &schedule[..first];
+    }
+    if flops_of(&groups, p, q) < flops_of(&each, p, q) { groups } else { each }
+}
+
+#[allow(dead_code)]
+/// FLOPs of one matrix [p, q]: norm and scaling 3pq; per group the Gram matrix and the product back, 2pqr each; per step G²
+/// 2r³ and aI + bG + cG² 3r² + r; per step but the first of a group P·Q 2r³, and as often G·Q·Q 4r³.
+pub(super) fn flops(schedule: &[[f64; 3]], space: Space, p: usize, q: usize) -> f64 {
+    flops_of(&groups(schedule, space, p, q), p, q)
+}
+
+fn flops_of(groups: &[&[[f64; 3]]], p: usize, q: usize) -> f64 {
+    let (pq, r) = ((p * q) as f64, p.min(q) as f64);
+    let group = |group: &&[[f64; 3]]| {
+        let (steps, inner) = (group.len() as f64, (group.len() - 1) as f64);
+        4.0 * pq * r + steps * (2.0 * r.powi(3) + 3.0 * r * r + r) + inner * 6.0 * r.powi(3)
+    };
+    3.0 * pq + groups.iter().map(group).sum::<f64>()
+}
+
+/// Newton–Schulz with coefficients that may differ from step to step.
+#[track_caller]
+pub(super) fn iterate<B: Backend>(
+    batch: &[&Tensor<B>],
+    schedule: &[[f64; 3]],
+    space: Space,
+) -> Vec<Tensor<B>> {
     let Some(first) = batch.first() else { return Vec::new() };
     let (p, q) = first.shape().matrix("newton_schulz");
     for m in batch {
         same_shape("newton_schulz", first, m);
     }
-    let [a, b, c] = how.coefficients;
+    let groups = groups(schedule, space, p, q);
+    let r = p.min(q);
+    let bytes = (2 * p * q + 5 * r * r) * size_of::<B::Elem>();
+    let at_a_time = (B::WORKING_SET / bytes.max(1)).max(1);
+    batch.par_chunks(at_a_time).flat_map_iter(|batch| iterate_groups(batch, &groups)).collect()
+}
+
+fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> Vec<Tensor<B>> {
+    let (p, q) = (batch[0].rows(), batch[0].cols());
     let tall = p >= q;
     let r = p.min(q);
-    let device = first.device();
+    let device = batch[0].device();
     let scratch = |shape: [usize; 2]| -> Vec<Tensor<B>> {
         batch.iter().map(|_| Tensor::scratch(device, shape)).collect()
     };
+    let identity = Tensor::from_fn(device, [r, r], |i| B::Elem::of(f64::from(i % (r + 1) == 0))); // [r, r]
 
     let mut xs: Vec<_> = batch.iter().map(|m| unit(m).0).collect(); // [p, q] each
-    let (mut gs, mut squares) = (scratch([r, r]), scratch([r, r])); // [r, r] each
-    for _ in 0..how.steps {
+    let mut next = scratch([p, q]); // [p, q] each
+    let [mut gs, mut qs, mut ps, mut spare] = [(); 4].map(|()| scratch([r, r])); // [r, r] each
+    for group in groups {
         // G = XᵀX, over the shorter side
-        let (left, right): (Vec<_>, Vec<_>) =
+        let (left, right): (Vec<Mat<B>>, Vec<Mat<B>>) =
             xs.iter().map(|x| if tall { (x.t(), x.into()) } else { (x.into(), x.t()) }).unzip();
-        products(&left, &right, &mut gs, Accum::Replace); // [r, r]
-        let g: Vec<Mat<B>> = gs.iter().map(Mat::from).collect();
-        products(&g, &g, &mut squares, Accum::Replace); // [r, r]
-        for (g, square) in gs.iter_mut().zip(&squares) {
-            g.axpby(c, square, b); // bG + cG²
+        B::gemm(&left, &right, &mut gs.iter_mut().collect::<Vec<_>>(), Accum::Replace); // [r, r]
+        for (k, &[a, b, c]) in group.iter().enumerate() {
+            let q_k = if k == 0 { &mut ps } else { &mut qs }; // P begins as Q
+            products(&gs, &gs, q_k); // [r, r]
+            for (q, g) in q_k.iter_mut().zip(&gs) {
+                q.axpby(b, g, c);
+                q.axpby(a, &identity, 1.0); // Q = aI + bG + cG²
+            }
+            if k > 0 {
+                products(&ps, &qs, &mut spare); // [r, r]
+                std::mem::swap(&mut ps, &mut spare); // P ← P·Q
+            }
+            if k + 1 < group.len() {
+                let q_k = if k == 0 { &ps } else { &qs };
+                products(&gs, q_k, &mut spare); // [r, r]
+                products(&spare, q_k, &mut gs); // G ← G·Q·Q
+            }
         }
-        let mut next: Vec<_> = xs.iter().map(|x| x.scale(a)).collect(); // [p, q]
-        let x: Vec<Mat<B>> = xs.iter().map(Mat::from).collect();
-        let g: Vec<Mat<B>> = gs.iter().map(Mat::from).collect();
         if tall {
-            products(&x, &g, &mut next, Accum::Add); // [p, q]
+            products(&xs, &ps, &mut next); // [p, q]
         } else {
-            products(&g, &x, &mut next, Accum::Add); // [p, q]
+            products(&ps, &xs, &mut next); // [p, q]
         }
-        xs = next;
+        std::mem::swap(&mut xs, &mut next);
     }
     xs
 }
 
-fn products<B: Backend>(a: &[Mat<B>], b: &[Mat<B>], c: &mut [Tensor<B>], accum: Accum) {
-    B::gemm(a, b, &mut c.iter_mut().collect::<Vec<_>>(), accum);
+fn products<B: Backend>(a: &[Tensor<B>], b: &[Tensor<B>], c: &mut [Tensor<B>]) {
+    let a: Vec<Mat<B>> = a.iter().map(Mat::from).collect();
+    let b: Vec<Mat<B>> = b.iter().map(Mat::from).collect();
+    B::gemm(&a, &b, &mut c.iter_mut().collect::<Vec<_>>(), Accum::Replace);
 }

@@ -12,6 +12,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     type Elem: Scalar;
     /// A contiguous run of elements on the device.
     type Buffer: Clone + Send + Sync;
+    /// A chain of batched products is run on so many bytes of the batch at a time; unlimited where a batch is one launch.
+    const WORKING_SET: usize = usize::MAX;
 
     /// Moves host values to the device.
     fn upload(&self, host: Vec<Self::Elem>) -> Self::Buffer;

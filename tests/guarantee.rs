@@ -174,7 +174,7 @@ proptest! {
     fn no_singular_value_passes_the_bound(
         a in 0.5..4.0f64, b in -6.0..2.0f64, c in -2.0..3.0f64, steps in 1..6usize, x in 0.0..=1.0f64,
     ) {
-        let how = NewtonSchulz { coefficients: [a, b, c], steps };
+        let how = NewtonSchulz { coefficients: [a, b, c], steps, ..Default::default() };
         let y = (0..steps).fold(x, |x, _| how.map(x));
         prop_assert!(y.abs() <= how.norm_bound() * (1.0 + 1e-12), "{y} > {}", how.norm_bound());
     }
@@ -205,7 +205,7 @@ fn corners_of_the_certificate() {
 
 #[test]
 fn what_cannot_be_promised_is_refused() {
-    let diverging = NewtonSchulz { coefficients: [3.0, -9.0, 9.0], steps: 5 };
+    let diverging = NewtonSchulz { coefficients: [3.0, -9.0, 9.0], steps: 5, ..Default::default() };
     let build =
         |config: SpectronConfig| std::panic::catch_unwind(move || Spectron::<Cpu<f32>>::with(config, &[]));
     let certified = SpectronConfig { certify: true, ..Default::default() };

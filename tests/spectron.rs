@@ -12,8 +12,8 @@ use common::{
 use nalgebra::{DMatrix, DVector};
 use proptest::prelude::*;
 use rankgrad::lowrank::{
-    self, AdamW, FactorPair, NewtonSchulz, Optimizer, PairInit, Params, Rule, Spectron, SpectronConfig,
-    clip_global_norm, init_pair, newton_schulz, power_iteration, start_vector,
+    self, AdamW, FactorPair, NewtonSchulz, Optimizer, PairInit, Params, Rule, Space, Spectron,
+    SpectronConfig, clip_global_norm, init_pair, newton_schulz, power_iteration, start_vector,
 };
 use rankgrad::tensor::{Cpu, Scalar, Tensor};
 
@@ -113,7 +113,7 @@ proptest! {
     fn newton_schulz_with_other_coefficients(m in spectral_matrix(), steps in 0..9usize) {
         // the convergent quintic (Higham 2008, eq. 8.20) and the cubic; neither amplifies more than (15/8)⁸ = 153
         for coefficients in [[15.0 / 8.0, -10.0 / 8.0, 3.0 / 8.0], [1.5, -0.5, 0.0]] {
-            let how = NewtonSchulz { coefficients, steps };
+            let how = NewtonSchulz { coefficients, steps, space: Space::Gram };
             prop_assert!(check_newton_schulz::<f64>(&m, 1.0, how) < NEWTON_SCHULZ);
             prop_assert!(check_newton_schulz::<f32>(&m, 1.0, how) < NEWTON_SCHULZ);
         }
