@@ -217,6 +217,9 @@ Examples:
 // a study has its own ways to say these
 #[command(mut_args(|arg| match arg.get_id().as_str() {
     "method" | "lr" | "adam_lr" | "seed" => arg.hide(true),
+    "out" => arg.help("Directory of the study, new or of the same study [default: studies/KIND-NUMBER]"),
+    "threads" => arg.help("Worker threads of each run; 0 = all cores. The result does not depend on it [default: 1]"),
+    "keep" => arg.help("Newest checkpoints kept of a run [default: 1]"),
     _ => arg,
 }))]
 pub struct StudyArgs {

@@ -1,10 +1,11 @@
 //! `study`: fair, resumable comparisons between training methods.
 //!
 //! A study is a list of arms (plan.rs); the runs of an arm follow from what its finished runs came to (search.rs), are run
-//! side by side (execute.rs), read back from their directories (outcome.rs) and summed up (tables.rs).
+//! side by side (execute.rs), read back from their directories (outcome.rs) and summed up (tables.rs, long.rs).
 //! Here: the directory of a study, and its settings, study.toml, which a continuation must not contradict.
 
 mod execute;
+mod long;
 mod outcome;
 mod plan;
 mod search;
@@ -86,7 +87,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     };
     catch_interrupts()?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let jobs = args.jobs.unwrap_or(if threads == 0 { 1 } else { (cores / threads).max(1) });
+    let jobs = args.jobs.unwrap_or(cores.checked_div(threads).unwrap_or(1).max(1)); // 0 threads: all cores for one run
     if !args.quiet {
         eprintln!("data: {}", corpus.summary);
         eprintln!("study: {} ({} arms, {jobs} runs at a time)", directory.display(), plan.arms.len());
@@ -94,7 +95,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     }
     let shown = Mutex::new(String::new());
     let report = |outcomes: &execute::Outcomes| {
-        *shown.lock().expect("nobody panics with it") = tables::write(&directory, kind, &plan, outcomes)?;
+        *shown.lock().expect("nobody panics with it") = tables::write(&directory, &plan, outcomes)?;
         Ok(())
     };
     let complete = Study {
@@ -127,10 +128,11 @@ impl Settings {
     /// These, recorded in `directory`, must be those that are asked for now.
     fn agree(&self, asked: &Settings, directory: &Path) -> Result<()> {
         let (recorded, asked) = (flat(self)?, flat(asked)?);
-        let keys = recorded.keys().chain(asked.keys());
         let value =
             |table: &toml::Table, key: &str| table.get(key).map_or("not given".into(), ToString::to_string);
-        match keys.into_iter().find(|&key| recorded.get(key) != asked.get(key)) {
+        // another kind explains most of what else differs
+        let mut keys = std::iter::once("kind").chain(recorded.keys().chain(asked.keys()).map(String::as_str));
+        match keys.find(|&key| recorded.get(key) != asked.get(key)) {
             None => Ok(()),
             Some(key) => Err(Error::new(format!(
                 "{} holds a study with other settings: `{key}` is {} there, {} now; give the same, or another --out",

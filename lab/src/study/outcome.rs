@@ -20,8 +20,7 @@ pub struct Outcome {
     pub spikes: usize,
     /// The largest ‖ΔW‖/‖W‖ of the run, where it was measured.
     pub max_update_over_w: Option<f64>,
-    /// As far as the last record tells, for a run that diverged.
-    pub tokens: u64,
+    /// Of training; of a run that diverged, up to its last record.
     pub seconds: f64,
 }
 
@@ -60,13 +59,11 @@ impl Outcome {
         let records = read_metrics(&directory.join("metrics.jsonl"))?;
         let validated =
             records.iter().filter_map(|r| r.val_loss).chain(end.as_ref().ok().map(|s| s.val_loss));
-        let last = records.last();
         Ok(Some(Outcome {
             best_val_loss: validated.reduce(f64::min),
             spikes: spikes(records.iter().filter_map(|r: &Record| r.loss)),
             max_update_over_w: json["max_update_over_w"].as_f64(),
-            tokens: end.as_ref().map_or(last.map_or(0, |r| r.tokens), |s| s.tokens),
-            seconds: end.as_ref().map_or(last.map_or(0.0, |r| r.seconds), |s| s.seconds),
+            seconds: end.as_ref().map_or(records.last().map_or(0.0, |r| r.seconds), |s| s.seconds),
             end,
         }))
     }

@@ -87,6 +87,8 @@ fn factor(text: &str) -> std::result::Result<f64, String> {
 
 /// What is to be run.
 pub struct Plan {
+    pub kind: Kind,
+    pub budget: Budget,
     pub arms: Vec<Arm>,
     /// What a reader of the tables must know about how the arms were made.
     pub notes: Vec<String>,
@@ -99,9 +101,10 @@ impl Plan {
     /// Options that belong to another kind, or values that fit no model.
     pub fn new(kind: Kind, options: &StudyOptions, base: &Overrides) -> Result<Plan> {
         only_where_they_belong(kind, options, base)?;
+        let budget = options.budget.unwrap_or(Budget::Tokens);
         let mut notes = vec![];
         let mut configs = match kind {
-            Kind::Methods => match options.budget.unwrap_or(Budget::Tokens) {
+            Kind::Methods => match budget {
                 Budget::Tokens => configs(&chosen(options, Method::value_variants()), base)?,
                 Budget::Params => equal_parameters(options, base, &mut notes)?,
                 Budget::Flops => equal_flops(options, base, &mut notes)?,
@@ -147,7 +150,7 @@ impl Plan {
             seeds: seeds.clone(),
             extensions: options.extensions.unwrap_or(3),
         };
-        Ok(Plan { arms: configs.drain(..).map(arm).collect(), notes })
+        Ok(Plan { kind, budget, arms: configs.into_iter().map(arm).collect(), notes })
     }
 }
 
@@ -260,17 +263,14 @@ fn long(base: &Overrides) -> Overrides {
 }
 
 fn recipes(options: &StudyOptions, base: &Overrides) -> Result<Vec<(String, Config)>> {
-    let nesterov = |o: &mut Overrides| o.training.nesterov = Some(true);
-    let to_zero = |o: &mut Overrides| {
-        (o.training.schedule, o.training.final_lr_fraction) = (Some(Schedule::Linear), Some(0.0));
-    };
-    let zero_init = |o: &mut Overrides| o.model.zero_init_output = Some(true);
-    let scale = |o: &mut Overrides| o.training.lr_scale = Some(LrScale::Shape);
-    let parts: [(&str, &dyn Fn(&mut Overrides)); 4] = [
-        ("nesterov", &nesterov),
-        ("linear-to-zero", &to_zero),
-        ("zero-init-output", &zero_init),
-        ("lr-scale-shape", &scale),
+    type Part = fn(&mut Overrides);
+    let parts: [(&str, Part); 4] = [
+        ("nesterov", |o| o.training.nesterov = Some(true)),
+        ("linear-to-zero", |o| {
+            (o.training.schedule, o.training.final_lr_fraction) = (Some(Schedule::Linear), Some(0.0));
+        }),
+        ("zero-init-output", |o| o.model.zero_init_output = Some(true)),
+        ("lr-scale-shape", |o| o.training.lr_scale = Some(LrScale::Shape)),
     ];
     let mut arms = vec![];
     for method in chosen(options, &[Method::Spectron, Method::DenseMuon]) {
