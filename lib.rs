@@ -33,3 +33,5 @@
 pub mod autograd;
 pub mod lowrank;
 pub mod tensor;
+#[cfg(feature = "proptest")]
+pub mod testing;
