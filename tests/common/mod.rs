@@ -11,6 +11,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::tensor::{Backend, Cpu, Scalar, Tensor};
 pub use rankgrad::testing::{PairCase, pair_case, size, spectrum};
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::sync::Once;
 
 /// `cases` cases, few enough for every commit, unless the environment asks for another number.
 pub fn config(cases: u32) -> ProptestConfig {
@@ -94,4 +97,38 @@ pub fn spectral_norm(x: &DMatrix<f64>) -> f64 {
 /// Every bit of a tensor.
 pub fn bits<B: Backend>(x: &Tensor<B>) -> Vec<u64> {
     x.to_f64().into_iter().map(f64::to_bits).collect() // widening f32 keeps its bits apart
+}
+
+thread_local! {
+    /// Message, file and line of this thread's last panic.
+    static LAST: RefCell<Option<(String, String, u32)>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, which must panic in this file within the five lines from the caller's, and returns the message.
+#[track_caller]
+pub fn refusal<R>(f: impl FnOnce() -> R) -> String {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let at = info.location().expect("the standard library always knows");
+            let payload = info.payload();
+            let text = payload
+                .downcast_ref::<&str>()
+                .copied()
+                .or(payload.downcast_ref::<String>().map(String::as_str));
+            let message = text.unwrap_or_default().to_string();
+            LAST.set(Some((message, at.file().to_string(), at.line())));
+            before(info);
+        }));
+    });
+    let here = Location::caller();
+    assert!(catch_unwind(AssertUnwindSafe(f)).is_err(), "{here}: nothing was refused");
+    let (message, file, line) = LAST.take().expect("the hook ran");
+    assert!(file == here.file(), "{here}: the panic points at {file}:{line}: {message}");
+    assert!(
+        (here.line()..here.line() + 5).contains(&line),
+        "{here}: the panic points at line {line}: {message}"
+    );
+    message
 }
