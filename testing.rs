@@ -522,13 +522,14 @@ impl Inputs {
 /// inputs of drawn shapes; 256 draws or `PROPTEST_CASES`, the same in each run unless `PROPTEST_RNG_SEED` asks for others.
 ///
 /// Entries are about N(0, 1), times a scale between 0.1 and 3, and at least 0.2 of that scale away from zero, where relu and
-/// |x| have their kink. Shrinks to small shapes, scale 1, and entries of one decimal place, or ones.
+/// |x| have their kink; a kink in the middle of `f` can be met, and shows as a wrong gradient. Shrinks to small shapes,
+/// scale 1, and entries of one decimal place, or ones.
 ///
 /// ```
 /// use proptest::prelude::*;
 /// use rankgrad::testing::{assert_gradients, size};
 /// let shapes = (size(), size(), 1..9usize).prop_map(|(m, n, r)| vec![[5, n], [m, r], [n, r]]);
-/// assert_gradients(shapes, |_, x| x[0].lowrank_linear(x[1], x[2]).relu());
+/// assert_gradients(shapes, |_, x| x[0].relu().lowrank_linear(x[1], x[2]));
 /// ```
 ///
 /// # Panics
