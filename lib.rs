@@ -3,7 +3,8 @@
 //!
 //! Reading order: [`tensor`] (shapes, the [`tensor::Backend`] trait, the CPU), [`autograd`] (the tape, then the ops: forward
 //! with its backward below it), [`lowrank`] (pairs, Newton–Schulz, power iteration, Spectron). The README has a shorter path,
-//! with line counts, and examples/ one idea per file.
+//! with line counts, and examples/ one idea per file. Property tests of your own rules and ops: `testing`, a module behind
+//! the feature `proptest`.
 //!
 //! ```
 //! use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -33,3 +34,5 @@
 pub mod autograd;
 pub mod lowrank;
 pub mod tensor;
+#[cfg(feature = "proptest")]
+pub mod testing;

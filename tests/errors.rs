@@ -4,50 +4,15 @@
 
 mod common;
 
+use common::refusal;
 use rankgrad::autograd::{Rope, Tape, concat};
 use rankgrad::lowrank::{
     self, FactorPair, NewtonSchulz, Optimizer, PairInit, Params, newton_schulz, power_iteration,
 };
 use rankgrad::tensor::{Attention, Cpu, Tensor};
-use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
-use std::sync::Once;
 
 type C = Cpu<f32>;
-
-thread_local! {
-    /// Message, file and line of this thread's last panic.
-    static LAST: RefCell<Option<(String, String, u32)>> = const { RefCell::new(None) };
-}
-
-/// Runs `f`, which must panic in this file within the five lines from the caller's, and returns the message.
-#[track_caller]
-fn refusal<R>(f: impl FnOnce() -> R) -> String {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            let at = info.location().expect("the standard library always knows");
-            let payload = info.payload();
-            let text = payload
-                .downcast_ref::<&str>()
-                .copied()
-                .or(payload.downcast_ref::<String>().map(String::as_str));
-            let message = text.unwrap_or_default().to_string();
-            LAST.set(Some((message, at.file().to_string(), at.line())));
-            before(info);
-        }));
-    });
-    let here = Location::caller();
-    assert!(catch_unwind(AssertUnwindSafe(f)).is_err(), "{here}: nothing was refused");
-    let (message, file, line) = LAST.take().expect("the hook ran");
-    assert!(file == here.file(), "{here}: the panic points at {file}:{line}: {message}");
-    assert!(
-        (here.line()..here.line() + 5).contains(&line),
-        "{here}: the panic points at line {line}: {message}"
-    );
-    message
-}
 
 /// `f` must panic at the caller's line, with a message that starts with `op` and contains all `parts`.
 #[track_caller]

@@ -1,16 +1,19 @@
-//! What the test files share: drawn matrices with known properties, and the way to nalgebra, whose f64 eigenvalues are the oracle.
+//! What the test files share: the strategies of `rankgrad::testing`, and the way to nalgebra, whose f64 eigenvalues are the oracle.
 //!
 //! Nothing here computes what the library computes. `PROPTEST_CASES` enlarges every property test.
 //! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values.
-#![allow(dead_code)] // each test file compiles its own copy and uses a part of it
+#![allow(dead_code, unused_imports)] // each test file compiles its own copy and uses a part of it
 
 use nalgebra::{DMatrix, DVector};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use rankgrad::lowrank::FactorPair;
 use rankgrad::tensor::{Backend, Cpu, Scalar, Tensor};
+pub use rankgrad::testing::{PairCase, pair_case, size, spectrum};
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::sync::Once;
 
 /// `cases` cases, few enough for every commit, unless the environment asks for another number.
 pub fn config(cases: u32) -> ProptestConfig {
@@ -29,14 +32,12 @@ pub fn gaussian(rng: &mut ChaCha8Rng, m: usize, n: usize) -> DMatrix<f64> {
 
 /// k ≤ m random orthonormal columns of length m.
 pub fn orthonormal(rng: &mut ChaCha8Rng, m: usize, k: usize) -> DMatrix<f64> {
-    gaussian(rng, m, k).qr().q()
+    with_spectrum(rng, m, k, &vec![1.0; k])
 }
 
 /// A random m×n matrix with exactly the singular values `sigma` (and zeros), to f64 rounding.
 pub fn with_spectrum(rng: &mut ChaCha8Rng, m: usize, n: usize, sigma: &[f64]) -> DMatrix<f64> {
-    let k = m.min(n).min(sigma.len());
-    let (u, v) = (orthonormal(rng, m, k), orthonormal(rng, n, k));
-    u * DMatrix::from_diagonal(&nalgebra::DVector::from_column_slice(&sigma[..k])) * v.transpose()
+    matrix(&rankgrad::testing::with_spectrum::<f64>(rng, [m, n], sigma))
 }
 
 /// The matrix on the CPU, rounded to `T`.
@@ -98,63 +99,36 @@ pub fn bits<B: Backend>(x: &Tensor<B>) -> Vec<u64> {
     x.to_f64().into_iter().map(f64::to_bits).collect() // widening f32 keeps its bits apart
 }
 
-/// Sizes 1, small, around a SIMD width of 16, and beyond the attention block of 32.
-pub fn size() -> impl Strategy<Value = usize> {
-    prop_oneof![2 => Just(1usize), 4 => 2..12usize, 2 => 15..19usize, 1 => 31..50usize]
+thread_local! {
+    /// Message, file and line of this thread's last panic.
+    static LAST: RefCell<Option<(String, String, u32)>> = const { RefCell::new(None) };
 }
 
-/// `k` singular values, largest first and 1 at most: spread evenly, over many decades, in clusters, all equal, or
-/// rank-deficient.
-pub fn spectrum(k: usize) -> impl Strategy<Value = Vec<f64>> {
-    let even = prop::collection::vec(0.05..1.0f64, k);
-    let decades = (0.0..12.0f64)
-        .prop_map(move |decades| (0..k).map(|i| 10f64.powf(-decades * i as f64 / k.max(2) as f64)).collect());
-    let clusters = prop::collection::vec((0..3usize, -1e-7..1e-7f64), k).prop_map(|picks| {
-        let centre = [1.0, 0.3, 1e-3];
-        picks.into_iter().map(|(i, off)| centre[i] * (1.0 + off)).collect()
+/// Runs `f`, which must panic in this file within the five lines from the caller's, and returns the message.
+#[track_caller]
+pub fn refusal<R>(f: impl FnOnce() -> R) -> String {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let at = info.location().expect("the standard library always knows");
+            let payload = info.payload();
+            let text = payload
+                .downcast_ref::<&str>()
+                .copied()
+                .or(payload.downcast_ref::<String>().map(String::as_str));
+            let message = text.unwrap_or_default().to_string();
+            LAST.set(Some((message, at.file().to_string(), at.line())));
+            before(info);
+        }));
     });
-    let deficient = (prop::collection::vec(0.05..1.0f64, k), 0..=k).prop_map(|(s, rank)| {
-        s.into_iter().enumerate().map(|(i, s)| if i < rank { s } else { 0.0 }).collect()
-    });
-    let any = prop_oneof![even, decades, clusters, Just(vec![1.0; k]), deficient];
-    any.prop_map(|mut sigma: Vec<f64>| {
-        sigma.sort_by(|a, b| b.total_cmp(a));
-        sigma
-    })
-}
-
-/// A drawn factor pair: Gaussian factors of standard deviation `scale`, then A·gauge and B/gauge.
-#[derive(Clone, Copy, Debug)]
-pub struct PairCase {
-    pub m: usize,
-    pub n: usize,
-    pub r: usize,
-    pub scale: f64,
-    pub gauge: f64,
-    pub zero_b: bool,
-    pub seed: u64,
-}
-
-impl PairCase {
-    pub fn pair<T: Scalar>(&self) -> FactorPair<Cpu<T>> {
-        let mut rng = rng(self.seed);
-        let a = gaussian(&mut rng, self.m, self.r) * (self.scale * self.gauge);
-        let b = gaussian(&mut rng, self.n, self.r) * (self.scale / self.gauge);
-        FactorPair::new(tensor(&a), tensor(&if self.zero_b { b * 0.0 } else { b }))
-    }
-}
-
-/// Tall, wide and square pairs, r up to min(m, n) and sometimes above, gauges from 1e-4 to 1e4, one in eight with B = 0.
-pub fn pair_case() -> impl Strategy<Value = PairCase> {
-    (1..20usize, 1..20usize, 1..9usize, -2.0..1.0f64, -4.0..4.0f64, 0..8u8, any::<u64>()).prop_map(
-        |(m, n, r, scale, gauge, zero, seed)| PairCase {
-            m,
-            n,
-            r,
-            scale: 10f64.powf(scale),
-            gauge: 10f64.powf(gauge),
-            zero_b: zero == 0,
-            seed,
-        },
-    )
+    let here = Location::caller();
+    assert!(catch_unwind(AssertUnwindSafe(f)).is_err(), "{here}: nothing was refused");
+    let (message, file, line) = LAST.take().expect("the hook ran");
+    assert!(file == here.file(), "{here}: the panic points at {file}:{line}: {message}");
+    assert!(
+        (here.line()..here.line() + 5).contains(&line),
+        "{here}: the panic points at line {line}: {message}"
+    );
+    message
 }
