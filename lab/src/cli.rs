@@ -39,7 +39,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Rank and spectra of a checkpoint's factor pairs
     ///
-    /// Per pair: shape, rank, σ(A), σ(B), σ(W), stable rank, and the gauge imbalance ‖AᵀA − BᵀB‖.
+    /// Per pair: shape, rank, σ(A), σ(B), σ(W), stable rank, and the gauge imbalance ‖AᵀA − BᵀB‖; ρ, ‖ΔW‖/‖W‖, ‖ΔW‖/η and
+    /// the shrink by weight decay of the newest step with telemetry. Matrices kept whole: σ(W) (an estimate), stable rank.
     Inspect(InspectArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),

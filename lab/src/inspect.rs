@@ -128,7 +128,7 @@ fn report<'a>(meta: &'a Meta, params: &Params<Cpu<f32>>, last: Option<&Record>) 
             shrink: then.and_then(|pair| pair.shrink),
         }
     };
-    // a decomposition of each would take minutes
+    // decompositions of whole matrices would take minutes
     let matrix = |(name, w): (&String, &Tensor<Cpu<f32>>)| {
         let then = last.and_then(|r| r.telemetry.hidden.get(name));
         let w_now = matrix_telemetry(None, w, Accuracy::Fast);

@@ -39,7 +39,8 @@ pub struct Record {
     pub telemetry: Telemetry,
 }
 
-/// The blocks' matrices after a step and what the step did to them, by name. Norms that are not finite are null.
+/// The blocks' matrices after a step and what the step did to them, by name. Spectral norms are estimates from below unless
+/// the run is `--telemetry exact`; what is not finite is null.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Telemetry {
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
@@ -49,7 +50,7 @@ pub struct Telemetry {
     pub hidden: BTreeMap<String, MatrixRecord>,
 }
 
-/// A factor pair: that of the library's `PairTelemetry`, and of the rule's report where it has one.
+/// A factor pair: what `pair_telemetry` sees, and what the rule reports where it does.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairRecord {
     pub sigma_a: Option<f64>,
