@@ -40,6 +40,8 @@ struct Line {
 /// Largest values over matrices and lines; None: not measured.
 #[derive(Clone, Copy, Default)]
 struct Window {
+    /// The last step of the window.
+    end: usize,
     /// Mean training loss.
     loss: f64,
     spikes: usize,
@@ -76,8 +78,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
     let mut limits = Table::new(format!("{title}: limits"), ["run", "what", "value", "limit", "held"]);
     for (trial, outcome) in arms.iter().flat_map(|(_, state)| finished(state, outcomes)) {
         let windows = windows(&runs.join(&trial.id), trial.config.steps)?;
-        let end = |i: usize| (i + 1) * trial.config.steps / WINDOWS;
-        for (i, w) in windows.iter().enumerate() {
+        for w in &windows {
             let norms = [
                 w.sigma_w,
                 w.sigma_a,
@@ -89,7 +90,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
             ];
             let mut row = vec![
                 trial.id.clone(),
-                format!("to {}", end(i)),
+                format!("to {}", w.end),
                 format!("{:.4}", w.loss),
                 w.spikes.to_string(),
             ];
@@ -120,7 +121,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
     Ok([drift, limits])
 }
 
-/// The windows of a run of `steps`, up to where it came.
+/// The windows of a run of `steps` that have records.
 fn windows(run: &Path, steps: usize) -> Result<Vec<Window>> {
     let path = run.join("metrics.jsonl");
     let records = read_metrics(&path)?;
@@ -139,9 +140,10 @@ fn windows(run: &Path, steps: usize) -> Result<Vec<Window>> {
         let losses: Vec<f64> =
             records.iter().filter(|r| window_of(r.step) == i).filter_map(|r| r.loss).collect();
         if losses.is_empty() {
-            break;
+            continue; // the run diverged before, or records are further apart than windows are long
         }
         let mut window = Window {
+            end: (i + 1) * steps / WINDOWS,
             loss: losses.iter().sum::<f64>() / losses.len() as f64,
             // those that begin in it: the mean that a spike exceeds is one over all of the run
             spikes: upto(i + 1) - upto(i),
