@@ -187,10 +187,10 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
             kind != Kind::Rank,
             "every kind but rank, which has --ratios",
         ),
-        (training.warmup.is_some(), "warmup", !flops, "other budgets; here it is 5 % of each arm's steps"),
+        (training.warmup.is_some(), "warmup", !flops, "other budgets, as each arm has its own steps"),
     ] {
         if given && !fits {
-            return fail(format!("--{flag} is for {wants}, not for this study ({})", name(kind)));
+            return fail(format!("--{flag} is for {wants}; this study is {}", name(kind)));
         }
     }
     Ok(())
