@@ -194,17 +194,23 @@ pub struct BenchArgs {
 #[derive(Args, Debug)]
 #[command(allow_negative_numbers = true)] // as above
 #[command(after_help = "\
-A study is a list of arms, each a configuration. The runs of an arm: every learning rate of --grid at the first seed; while
-the best rate is the smallest or largest one, one more on that side; then the other seeds at the best rate. Options of
-`train` (--data, --preset, --dim, --steps, --schedule, ...) hold for every arm.
+A study is a list of arms, each a configuration. The runs of an arm: every learning rate of --grid at the first seed; while \
+the best rate is the smallest or largest one, one more on that side; then the other seeds at the best rate. Options of \
+`train` (--data, --preset, --dim, --steps, --schedule, ...) hold for every arm. Rates are rounded to four digits.
 
-The directory gets study.toml (these settings), runs/ID/ (config.toml, metrics.jsonl, final.json or diverged.json, as `train`
-writes them and with the same results to the bit), and after each run results.csv, table.md and tables.json. Checkpoints
+The directory gets study.toml (these settings), runs/ID/ (config.toml, metrics.jsonl, final.json or diverged.json, as `train` \
+writes them and with the same results to the bit), and after each run results.csv, table.md and tables.json. Checkpoints \
 are removed when a run is over. Ctrl-C saves one of each running run; the same command, or --resume DIR, goes on.
 
-A loss spike: recorded training losses (each --log-every steps) that exceed the exponentially weighted mean of the preceding
-ones by more than max(0.5 nats, 6 of their standard deviations); weights fall by 0.9 a record, the first ten records count as
-settling, spikes do not enter the mean, consecutive ones count once.
+In the tables: \"interior: NO\" says that the best rate is still the last of its grid after all --extensions; ± is the sample \
+standard deviation over seeds. A loss spike: recorded training losses (each --log-every steps) that exceed the exponentially \
+weighted mean of the preceding ones by more than max(0.5 nats, 6 of their standard deviations); weights fall by 0.9 a record, \
+the first ten are never one, spikes do not enter the mean, consecutive ones count once. A rate survives (stability) if every \
+seed ends with a finite loss below ln(vocab), that of guessing.
+
+Limits of `long`, checked in its table and never enforced: no divergence, no spike; the mean training loss of the last tenth of \
+the run at most 0.1 nats above that of the best tenth; σ_W, σ_A and σ_B at most 4 times those of the second tenth (each the \
+largest over all matrices); σ_A/σ_B and σ_B/σ_A of every pair at most 4.
 
 Examples:
   rankgrad study methods --data shakespeare.txt --seeds 1,2,3 --out studies/tokens
@@ -213,6 +219,7 @@ Examples:
   rankgrad study ablation --steps 1000
   rankgrad study rank --ratios 0.125,0.25,0.4,1 --methods spectron,adamw
   rankgrad study stability --methods spectron,adamw --multiples 1,3,10,30
+  rankgrad study long --steps 100000 --log-every 10
   rankgrad study recipe --methods spectron,dense-muon
   rankgrad study --resume studies/tokens --jobs 8")]
 // a study has its own ways to say these

@@ -2,6 +2,7 @@
 //!
 //! A worker asks the arms for the next run that is wanted, runs it, reads its outcome back and has the tables rewritten. A
 //! run that diverges is an outcome; any other error, and Ctrl-C, makes all running ones save a checkpoint and end.
+//! Peak memory in a run's final.json is that of the whole process.
 //! Not here: which runs are wanted (search.rs), how one is trained (train.rs).
 
 use std::collections::HashMap;

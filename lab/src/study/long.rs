@@ -3,16 +3,12 @@
 //! A missed limit is a line in a table, not an error. Not here: how norms are measured; they are those of metrics.jsonl
 //! (`--telemetry-every`), the largest over the blocks' matrices and the window.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
-use serde::Deserialize;
-
-use crate::error::{Result, cannot};
+use crate::error::Result;
 use crate::run::read_metrics;
 use crate::study::execute::Outcomes;
-use crate::study::outcome::spikes;
+use crate::study::outcome::{spikes, telemetry};
 use crate::study::tables::{Arms, Table, finished};
 
 /// Parts of equal length into which a run is cut.
@@ -27,19 +23,11 @@ const GROWTH: f64 = 4.0;
 /// σ_A/σ_B or σ_B/σ_A of one pair: a gauge drift (λA, B/λ) by λ changes it by λ².
 const GAUGE_RATIO: f64 = 4.0;
 
-/// The telemetry of a line of metrics.jsonl; null: not finite.
-#[derive(Deserialize)]
-struct Line {
-    step: u64,
-    #[serde(default)]
-    pairs: BTreeMap<String, BTreeMap<String, Option<f64>>>,
-    #[serde(default)]
-    hidden: BTreeMap<String, BTreeMap<String, Option<f64>>>,
-}
-
 /// Largest values over matrices and lines; None: not measured.
 #[derive(Clone, Copy, Default)]
 struct Window {
+    /// The last step of the window.
+    end: usize,
     /// Mean training loss.
     loss: f64,
     spikes: usize,
@@ -76,8 +64,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
     let mut limits = Table::new(format!("{title}: limits"), ["run", "what", "value", "limit", "held"]);
     for (trial, outcome) in arms.iter().flat_map(|(_, state)| finished(state, outcomes)) {
         let windows = windows(&runs.join(&trial.id), trial.config.steps)?;
-        let end = |i: usize| (i + 1) * trial.config.steps / WINDOWS;
-        for (i, w) in windows.iter().enumerate() {
+        for w in &windows {
             let norms = [
                 w.sigma_w,
                 w.sigma_a,
@@ -89,7 +76,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
             ];
             let mut row = vec![
                 trial.id.clone(),
-                format!("to {}", end(i)),
+                format!("to {}", w.end),
                 format!("{:.4}", w.loss),
                 w.spikes.to_string(),
             ];
@@ -120,15 +107,11 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
     Ok([drift, limits])
 }
 
-/// The windows of a run of `steps`, up to where it came.
+/// The windows of a run of `steps` that have records.
 fn windows(run: &Path, steps: usize) -> Result<Vec<Window>> {
     let path = run.join("metrics.jsonl");
     let records = read_metrics(&path)?;
-    let text = fs::read_to_string(&path).map_err(cannot("read", &path))?;
-    let lines: Vec<Line> = text
-        .lines()
-        .map(|line| serde_json::from_str(line).map_err(cannot("read", &path)))
-        .collect::<Result<_>>()?;
+    let lines = telemetry(&path)?;
     let window_of = |step: u64| (step as usize - 1) * WINDOWS / steps;
     let mut windows = vec![];
     for i in 0..WINDOWS {
@@ -139,16 +122,17 @@ fn windows(run: &Path, steps: usize) -> Result<Vec<Window>> {
         let losses: Vec<f64> =
             records.iter().filter(|r| window_of(r.step) == i).filter_map(|r| r.loss).collect();
         if losses.is_empty() {
-            break;
+            continue; // the run diverged before, or records are further apart than windows are long
         }
         let mut window = Window {
+            end: (i + 1) * steps / WINDOWS,
             loss: losses.iter().sum::<f64>() / losses.len() as f64,
             // those that begin in it: the mean that a spike exceeds is one over all of the run
             spikes: upto(i + 1) - upto(i),
             ..Window::default()
         };
         for line in lines.iter().filter(|line| window_of(line.step) == i) {
-            for norms in line.pairs.values().chain(line.hidden.values()) {
+            for norms in line.norms() {
                 let norm = |key: &str| norms.get(key).copied().flatten();
                 let (a, b) = (norm("sigma_a"), norm("sigma_b"));
                 raise(&mut window.sigma_w, norm("sigma_w"));
@@ -193,7 +177,7 @@ mod tests {
             )
         };
         let text: String = (1..=100).map(line).collect();
-        fs::write(dir.path().join("metrics.jsonl"), text).unwrap();
+        std::fs::write(dir.path().join("metrics.jsonl"), text).unwrap();
         let windows = windows(dir.path(), 100).unwrap();
         assert_eq!(windows.len(), 10);
         assert_eq!((windows[4].loss, windows[5].loss), (2.0, 2.2));

@@ -2,9 +2,11 @@
 //!
 //! The files are the only memory of a study. Not here: tables over many runs (tables.rs).
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Overrides, table};
@@ -47,22 +49,24 @@ impl Outcome {
     /// Files that are no records of this program.
     pub fn read(directory: &Path) -> Result<Option<Outcome>> {
         let (finished, diverged) = (directory.join("final.json"), directory.join("diverged.json"));
-        let (end, json) = if finished.exists() {
-            let json = json(&finished)?;
-            (Ok(serde_json::from_value::<Summary>(json.clone()).map_err(cannot("read", &finished))?), json)
+        let end: std::result::Result<Summary, Diverged> = if finished.exists() {
+            Ok(json(&finished)?)
         } else if diverged.exists() {
-            let json = json(&diverged)?;
-            (Err(serde_json::from_value(json.clone()).map_err(cannot("read", &diverged))?), json)
+            Err(json(&diverged)?)
         } else {
             return Ok(None);
         };
-        let records = read_metrics(&directory.join("metrics.jsonl"))?;
+        let metrics = directory.join("metrics.jsonl");
+        let records = read_metrics(&metrics)?;
         let validated =
             records.iter().filter_map(|r| r.val_loss).chain(end.as_ref().ok().map(|s| s.val_loss));
         Ok(Some(Outcome {
             best_val_loss: validated.reduce(f64::min),
             spikes: spikes(records.iter().filter_map(|r: &Record| r.loss)),
-            max_update_over_w: json["max_update_over_w"].as_f64(),
+            max_update_over_w: telemetry(&metrics)?
+                .iter()
+                .flat_map(|line| line.matrices("update_over_w"))
+                .reduce(f64::max),
             seconds: end.as_ref().map_or(records.last().map_or(0.0, |r| r.seconds), |s| s.seconds),
             end,
         }))
@@ -74,9 +78,42 @@ impl Outcome {
     }
 }
 
-fn json(path: &Path) -> Result<serde_json::Value> {
-    let text = fs::read_to_string(path).map_err(cannot("read", path))?;
-    serde_json::from_str(&text).map_err(cannot("read", path))
+fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = fs::read(path).map_err(cannot("read", path))?;
+    serde_json::from_slice(&bytes).map_err(cannot("read", path))
+}
+
+/// A line of metrics.jsonl with norms of the blocks' matrices: matrix → quantity → value; null: not finite.
+#[derive(Deserialize)]
+pub struct Line {
+    pub step: u64,
+    #[serde(default)]
+    pairs: BTreeMap<String, BTreeMap<String, Option<f64>>>,
+    /// Those that are kept whole.
+    #[serde(default)]
+    hidden: BTreeMap<String, BTreeMap<String, Option<f64>>>,
+}
+
+impl Line {
+    /// The quantities of each matrix.
+    pub fn norms(&self) -> impl Iterator<Item = &BTreeMap<String, Option<f64>>> {
+        self.pairs.values().chain(self.hidden.values())
+    }
+
+    /// One quantity of all matrices that have it.
+    pub fn matrices(&self, key: &str) -> impl Iterator<Item = f64> {
+        self.norms().filter_map(move |norms| norms.get(key).copied().flatten())
+    }
+}
+
+/// The lines of a metrics.jsonl of a run that is over, those with norms.
+///
+/// # Errors
+/// A file that cannot be read, a line of another form.
+pub fn telemetry(metrics: &Path) -> Result<Vec<Line>> {
+    let text = fs::read_to_string(metrics).map_err(cannot("read", metrics))?;
+    let with_norms = text.lines().filter(|line| line.contains("\"pairs\"") || line.contains("\"hidden\""));
+    with_norms.map(|line| serde_json::from_str(line).map_err(cannot("read", metrics))).collect()
 }
 
 /// The configuration recorded in a run's directory must be the one that the study asks for now.

@@ -23,7 +23,7 @@ pub enum Kind {
     Rank,
     /// what happens beyond the best learning rate: spikes, divergence, the largest rate that survives
     Stability,
-    /// very many steps of a very small model at a constant learning rate: spikes, and where norms and gauge drift
+    /// 100,000 steps (or --steps) of a very small model at a constant learning rate: spikes, and where norms and gauge drift
     Long,
     /// recipe options one by one and together, on every method: what one is granted is granted to all
     Recipe,
@@ -140,6 +140,7 @@ impl Plan {
              best rate is one of those averaged.",
             seeds[0]
         ));
+        notes.push("Seconds are those of training, shared with the runs at the same time.".into());
         let arm = |(label, config): (String, Config)| Arm {
             label,
             coupled: coupled(config.method),
@@ -186,10 +187,10 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
             kind != Kind::Rank,
             "every kind but rank, which has --ratios",
         ),
-        (training.warmup.is_some(), "warmup", !flops, "other budgets; here it is 5 % of each arm's steps"),
+        (training.warmup.is_some(), "warmup", !flops, "other budgets, as each arm has its own steps"),
     ] {
         if given && !fits {
-            return fail(format!("--{flag} is for {wants}, not for this study ({})", name(kind)));
+            return fail(format!("--{flag} is for {wants}; this study is {}", name(kind)));
         }
     }
     Ok(())

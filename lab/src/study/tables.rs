@@ -129,7 +129,7 @@ fn summary(title: &str, arms: Arms, outcomes: &Outcomes) -> Table {
             "parameters",
             "training FLOPs",
             "tokens",
-            "seconds",
+            "seconds per run",
             "diverged runs",
         ],
     );
