@@ -210,7 +210,7 @@ seed ends with a finite loss below ln(vocab), that of guessing.
 
 Limits of `long`, checked in its table and never enforced: no divergence, no spike; the mean training loss of the last tenth of \
 the run at most 0.1 nats above that of the best tenth; σ_W, σ_A and σ_B at most 4 times those of the second tenth (each the \
-largest over all matrices); σ_A/σ_B and σ_B/σ_A of every pair at most 4.
+largest over all matrices); σ_A/σ_B and σ_B/σ_A of every pair at most 4; under spectron, ‖ΔW‖ at most η.
 
 Examples:
   rankgrad study methods --data shakespeare.txt --seeds 1,2,3 --out studies/tokens
