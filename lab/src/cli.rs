@@ -42,6 +42,11 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
+    /// One HTML page, readable without a network, that compares runs and studies
+    ///
+    /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
+    /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
+    Report(ReportArgs),
 }
 
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";
@@ -184,6 +189,23 @@ pub struct BenchArgs {
     pub json: bool,
     #[command(flatten)]
     pub model: ModelOptions,
+}
+
+/// Flags of `report`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  rankgrad report runs/spectron-tiny-001 runs/adamw-tiny-001
+  rankgrad report studies/methods --out methods.html --svg pictures")]
+pub struct ReportArgs {
+    /// Directories of runs and of studies
+    #[arg(required = true, value_name = "RUN_OR_STUDY")]
+    pub paths: Vec<PathBuf>,
+    /// The page, replaced if it exists [default: report.html in the directory, or here if there are several]
+    #[arg(long, value_name = "FILE.html")]
+    pub out: Option<PathBuf>,
+    /// Also write the curves as SVG pictures into this directory
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
 //! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, checkpoint, run, progress, plot around it;
-//! generate, inspect and bench use what was trained. Here: one function call per command, and one place where an error
+//! generate, inspect, report and bench use what was trained. Here: one function call per command, and one place where an error
 //! reaches the person.
 
 mod bench;
@@ -18,6 +18,7 @@ mod methods;
 mod model;
 mod plot;
 mod progress;
+mod report;
 mod run;
 mod train;
 mod trainer;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::generate(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Bench(args) => bench::bench(&args),
+        Command::Report(args) => report::report(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
