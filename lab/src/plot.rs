@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use crate::error::{Error, Result, write_atomically};
@@ -126,9 +128,10 @@ pub fn rates(path: &Path, arms: &[Rates]) -> Result<()> {
     write(path, ["learning rate", "validation loss (nats per token)"], true, series)
 }
 
-/// A line of (step, value), in the colour of its group.
+/// A line of (step, value), with what the legend calls it and those like it.
 pub struct Line {
     pub group: String,
+    pub colour: [u8; 3],
     pub points: Vec<(f64, f64)>,
 }
 
@@ -137,20 +140,42 @@ pub struct Line {
 /// # Errors
 /// Lines without a point, or a file that cannot be written.
 pub fn lines(path: &Path, quantity: &str, lines: Vec<Line>) -> Result<()> {
-    let colours = colours(lines.iter().map(|l| l.group.as_str()));
-    let series = |(line, colour): (Line, RGBColor)| Series {
+    let series = |line: Line| Series {
         name: line.group,
-        colour: colour.to_rgba(),
+        colour: RGBColor(line.colour[0], line.colour[1], line.colour[2]).to_rgba(),
         mark: Mark::Line(1),
         points: line.points,
     };
-    write(path, ["step", quantity], false, lines.into_iter().zip(colours).map(series).collect())
+    write(path, ["step", quantity], false, lines.into_iter().map(series).collect())
 }
 
 fn write(path: &Path, axes: [&str; 2], log_x: bool, series: Vec<Series>) -> Result<()> {
     let svg =
         draw(axes, log_x, series).map_err(|e| Error::new(format!("cannot draw {}: {e}", path.display())))?;
     write_atomically(path, svg.as_bytes())
+}
+
+/// An axis with ticks of our own.
+struct Across {
+    range: RangedCoordf64,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for Across {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, x: &f64, limit: (i32, i32)) -> i32 {
+        self.range.map(x, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.range.range()
+    }
 }
 
 /// `log_x`: the x are decimal logarithms.
@@ -168,6 +193,10 @@ fn draw(
     let (low, high) = (least(|p| p.1), most(|p| p.1));
     let margin = 0.05 * if high > low { high - low } else { high.abs().max(1e-6) };
     let across = if log_x { least(|p| p.0) - 0.1..most(|p| p.0) + 0.1 } else { 0.0..most(|p| p.0).max(1.0) };
+    let ticks = match log_x {
+        true => one_two_five(across.clone()),
+        false => RangedCoordf64::from(across.clone()).key_points(10),
+    };
 
     let mut svg = String::new();
     let area = SVGBackend::with_string(&mut svg, (800, 450)).into_drawing_area();
@@ -176,7 +205,7 @@ fn draw(
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(across, low - margin..high + margin)?;
+        .build_cartesian_2d(Across { range: across.into(), ticks }, low - margin..high + margin)?;
     chart
         .configure_mesh()
         .x_desc(x)
@@ -218,6 +247,13 @@ fn draw(
     drop(chart);
     drop(area);
     Ok(svg)
+}
+
+/// The decimal logarithms within `range` of 1, 2 and 5 times the powers of ten.
+fn one_two_five(range: std::ops::Range<f64>) -> Vec<f64> {
+    let powers = range.start.floor() as i32..=range.end.ceil() as i32;
+    let ticks = powers.flat_map(|power| [1.0f64, 2.0, 5.0].map(|digit| power as f64 + digit.log10()));
+    ticks.filter(|tick| range.contains(tick)).collect()
 }
 
 /// Three digits, with a power of ten where they would not show.
@@ -286,7 +322,8 @@ mod tests {
         rates(&path, &[arm]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.contains("a &lt;b&gt; &amp; c") && svg.contains("learning rate"), "{svg}");
-        let line = |top| Line { group: "layer 0".into(), points: vec![(1.0, top), (2.0, 1.0)] };
+        let line =
+            |top| Line { group: "layer 0".into(), colour: COLOURS[0], points: vec![(1.0, top), (2.0, 1.0)] };
         lines(&path, "σ(W)", vec![line(2.0), line(3.0)]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert_eq!((svg.matches("layer 0").count(), svg.matches("σ(W)").count()), (1, 1));

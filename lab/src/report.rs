@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::ReportArgs;
 use crate::error::{Error, Result, cannot, write_atomically};
 use crate::plot::{self, Curve, Line, Rates};
-use figures::{QUANTITIES, matrices, place, rate_lines, with_spectra};
+use figures::{QUANTITIES, layers, matrices, place, ramp, rate_lines, with_spectra};
 use input::Input;
 
 /// Writes the page and, if asked, the pictures.
@@ -74,14 +74,16 @@ fn pictures(input: &Input, directory: &Path) -> Result<usize> {
         }
     }
     for run in with_spectra(input) {
+        let names = matrices(&run.spectra);
         for (key, words) in QUANTITIES {
             let mut lines = vec![];
-            for name in matrices(&run.spectra) {
+            for &name in &names {
                 let value = |s: &input::Spectra| Some((s.step as f64, *s.matrices.get(name)?.get(key)?));
                 let points: Vec<(f64, f64)> = run.spectra.iter().filter_map(value).collect();
-                let group = place(name).0.map_or(name.to_owned(), |l| format!("layer {l}"));
+                let layer = place(name).0;
+                let group = layer.map_or(name.to_owned(), |l| format!("layer {l}"));
                 if !points.is_empty() {
-                    lines.push(Line { group, points });
+                    lines.push(Line { group, colour: ramp(layer.unwrap_or(0), layers(&names)), points });
                 }
             }
             if !lines.is_empty() {

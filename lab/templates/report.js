@@ -14,6 +14,7 @@ function themed(layout) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--text"), family: style.fontFamily, size: 13 },
     hoverlabel: { align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--text") },
     xaxis: Object.assign({}, layout.xaxis, axis),
     yaxis: Object.assign({}, layout.yaxis, axis),
   });

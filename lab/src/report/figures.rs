@@ -311,13 +311,13 @@ impl Figures {
         let mut curves = vec![];
         let mut quantities: Vec<(&str, &str)> = vec![];
         let mut kinds: Vec<String> = vec![];
-        let mut layers: Vec<usize> = vec![];
+        let mut found: Vec<usize> = vec![];
         for run in &runs {
             let spectra = self.thin(&run.spectra.iter().collect::<Vec<&Spectra>>());
             let at: Vec<_> = spectra.iter().map(|s| (s.step, s.tokens, s.seconds)).collect();
             let x = self.share(format!("{} spectra", run.name), run, &at);
             let names = matrices(&run.spectra);
-            let count = names.iter().filter_map(|n| place(n).0).max().map_or(1, |l| l + 1);
+            let count = layers(&names);
             for name in names {
                 let (layer, kind) = place(name);
                 for &(quantity, words) in &QUANTITIES {
@@ -327,7 +327,8 @@ impl Figures {
                         continue;
                     }
                     let group = layer.map_or(escaped(name), |l| format!("layer {l}"));
-                    let colour = ramp(layer.unwrap_or(0), count);
+                    let [r, g, b] = ramp(layer.unwrap_or(0), count);
+                    let colour = format!("rgb({r},{g},{b})");
                     let trace = scatter(values.into_iter().map(|v| v.unwrap_or(f64::NAN)))
                         .mode(Mode::LinesMarkers)
                         .line(Line::new().color(colour.clone()).width(1.5).dash(dash(kind)))
@@ -346,14 +347,14 @@ impl Figures {
                     if !kinds.iter().any(|k| k == kind) {
                         kinds.push(kind.into());
                     }
-                    layers.extend(layer.filter(|l| !layers.contains(l)));
+                    found.extend(layer.filter(|l| !found.contains(l)));
                 }
             }
         }
         if curves.is_empty() {
             return;
         }
-        layers.sort_unstable();
+        found.sort_unstable();
         quantities.sort_by_key(|q| QUANTITIES.iter().position(|known| known == q));
         quantities.sort_by_key(|q| q.0 != "sigma_w"); // what every matrix has comes first
         let of = |tag, value: &str, label: &str| Choice {
@@ -367,7 +368,7 @@ impl Figures {
             ..of("quantity", key, words)
         };
         let each_kind = kinds.iter().map(|k| of("kind", k, k));
-        let each_layer = layers.iter().map(|l| of("layer", &l.to_string(), &format!("layer {l}")));
+        let each_layer = found.iter().map(|l| of("layer", &l.to_string(), &format!("layer {l}")));
         let controls = vec![
             Control { label: "run", options: runs.iter().map(|r| of("run", &r.name, &r.name)).collect() },
             Control { label: "quantity", options: quantities.iter().map(quantity).collect() },
@@ -479,6 +480,11 @@ pub fn matrices(spectra: &[Spectra]) -> Vec<&str> {
     names
 }
 
+/// The number of layers among these matrices.
+pub fn layers(matrices: &[&str]) -> usize {
+    matrices.iter().filter_map(|m| place(m).0).max().map_or(1, |last| last + 1)
+}
+
 /// Six digits, which is more than a screen shows: the page is a third of the size.
 fn rounded(x: f64) -> f64 {
     format!("{x:.5e}").parse().unwrap_or(x)
@@ -560,7 +566,7 @@ fn layout(x: &str, y: &str, log_x: bool) -> Layout {
         .x_axis(across)
         .y_axis(axis(y, false).exponent_format(ExponentFormat::Power))
         .hover_mode(HoverMode::Closest)
-        .margin(Margin::new().left(70).right(20).top(20).bottom(60))
+        .margin(Margin::new().left(70).right(20).top(36).bottom(60))
         .legend(Legend::new().trace_group_gap(2))
         .show_legend(true)
 }
@@ -586,7 +592,7 @@ impl Colour {
 
     fn faint(&self) -> String {
         let [r, g, b] = self.rgb;
-        format!("rgba({r},{g},{b},0.3)")
+        format!("rgba({r},{g},{b},0.4)")
     }
 
     fn line(&self, width: f64) -> Line {
@@ -596,10 +602,10 @@ impl Colour {
 
 /// From blue to orange through grey: apart for colour-blind readers, and in the middle of the lightness that shows on
 /// white as well as on black.
-fn ramp(layer: usize, layers: usize) -> String {
+pub fn ramp(layer: usize, layers: usize) -> [u8; 3] {
     let part = layer as f64 / (layers.max(2) - 1) as f64;
-    let mix = |from: f64, to: f64| (from + part * (to - from)).round();
-    format!("rgb({},{},{})", mix(47.0, 224.0), mix(111.0, 123.0), mix(222.0, 0.0))
+    let mix = |from: f64, to: f64| (from + part * (to - from)).round() as u8;
+    [mix(47.0, 224.0), mix(111.0, 123.0), mix(222.0, 0.0)]
 }
 
 /// Queries and keys, values and outputs, and the feed-forward part look apart.

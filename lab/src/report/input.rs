@@ -126,7 +126,7 @@ impl Input {
             tables: tables(&path.join("tables.json"))?,
             trials: vec![],
         };
-        let ids = directories(&path.join("runs"))?;
+        let mut ids = directories(&path.join("runs"))?;
         if path.join("results.csv").exists() {
             study.trials = trials(&path.join("results.csv"), &ids, prefix)?;
         } else {
@@ -136,13 +136,16 @@ impl Input {
         }
         let best = best(&study.trials);
         let mut without = vec![];
+        // in the order of results.csv, so that arms stand in the same order everywhere
+        let trial = |id: &String| study.trials.iter().position(|t| t.run.as_ref() == Some(id));
+        ids.sort_by_key(|id| trial(id).unwrap_or(usize::MAX));
         for id in &ids {
             let full = prefix.map_or(id.clone(), |p| format!("{p}/{id}"));
             let Some(mut run) = Run::read(&path.join("runs").join(id), full)? else {
                 without.push(id.as_str());
                 continue;
             };
-            if let Some(trial) = study.trials.iter().position(|t| t.run.as_ref() == Some(id)) {
+            if let Some(trial) = trial(id) {
                 run.arm = study.trials[trial].arm.clone();
                 run.best = best.contains(&trial);
             } else if !study.trials.is_empty() {

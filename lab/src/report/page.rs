@@ -202,7 +202,11 @@ fn settings(runs: &[Run]) -> Result<(Settings, Settings)> {
         }
         match &values[..] {
             [value] => common.push((key.clone(), value.clone())),
-            values => differing.push((key.clone(), values.join(", "))),
+            _ => {
+                let number = |v: &String| v.parse::<f64>().unwrap_or(f64::INFINITY);
+                values.sort_by(|a, b| number(a).total_cmp(&number(b))); // words stay in the order of the runs
+                differing.push((key.clone(), values.join(", ")));
+            }
         }
     }
     Ok((differing, common))
