@@ -200,9 +200,10 @@ pub struct ReportArgs {
     /// Directories of runs and of studies
     #[arg(required = true, value_name = "RUN_OR_STUDY")]
     pub paths: Vec<PathBuf>,
-    /// The page, replaced if it exists [default: report.html in the directory, or here if there are several]
-    #[arg(long, value_name = "FILE.html")]
-    pub out: Option<PathBuf>,
+    /// The page, replaced if it exists
+    // Not by default into a run's directory: a training that still runs there may be writing files of its own.
+    #[arg(long, value_name = "FILE.html", default_value = "report.html")]
+    pub out: PathBuf,
     /// Also write the curves as SVG pictures into this directory
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,

@@ -8,7 +8,7 @@ mod input;
 mod page;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::cli::ReportArgs;
 use crate::error::{Error, Result, cannot, write_atomically};
@@ -21,23 +21,19 @@ use input::Input;
 /// # Errors
 /// A path that is neither run nor study, a run without records, an output that cannot be written.
 pub fn report(args: &ReportArgs) -> Result<()> {
-    let out = match (&args.out, &args.paths[..]) {
-        (Some(out), _) => out.clone(),
-        (None, [one]) => one.join("report.html"),
-        (None, _) => PathBuf::from("report.html"),
-    };
+    let out = &args.out;
     let is_page =
         out.extension().is_some_and(|e| e.eq_ignore_ascii_case("html") || e.eq_ignore_ascii_case("htm"));
     if !is_page || out.is_dir() {
         return Err(Error::new(format!("--out {}: give a file whose name ends in .html", out.display())));
     }
     let input = Input::read(&args.paths)?;
-    write_atomically(&out, page::page(&input)?.as_bytes())?;
-    crate::say!("{}: {} runs, {} studies", out.display(), input.runs.len(), input.studies.len());
+    write_atomically(out, page::page(&input)?.as_bytes())?;
+    crate::say!("{}: {}", out.display(), page::count(input.runs.len(), "run"));
     if let Some(directory) = &args.svg {
         fs::create_dir_all(directory).map_err(cannot("make the directory", directory))?;
         let count = pictures(&input, directory)?;
-        crate::say!("{}: {count} SVG pictures", directory.display());
+        crate::say!("{}: {}", directory.display(), page::count(count, "SVG picture"));
     }
     Ok(())
 }

@@ -159,12 +159,19 @@ fn figures(document: &str) -> Vec<(&str, &str)> {
     document.split("<figure>").skip(1).map(figure).collect()
 }
 
+/// The number of a figure's curves: of lines with a second point, which those of the legend lack.
+fn curves(markup: &str) -> usize {
+    let lines = markup.split("class=\"js-line\"").skip(1).map(|rest| rest.split('>').next().unwrap());
+    lines
+        .filter(|tag| tag.split_once(" d=\"M").is_some_and(|d| d.1.split('"').next().unwrap().contains('L')))
+        .count()
+}
+
 /// Every figure has curves and titled axes. Returns the ids.
 fn assert_drawn(document: &str) -> Vec<&str> {
     let figures = figures(document);
     for (id, markup) in &figures {
-        let path = markup.split("class=\"js-line\"").nth(1).and_then(|p| p.split_once(" d=\"M"));
-        assert!(path.is_some_and(|p| p.1.split('"').next().unwrap().contains('L')), "{id} has no curve");
+        assert!(curves(markup) > 0, "{id} has no curve");
         for class in ["xtitle", "ytitle"] {
             let title = markup.split(&format!("<text class=\"{class}\"")).nth(1).expect(class);
             let text = title.split_once('>').unwrap().1.split('<').next().unwrap();
@@ -201,10 +208,7 @@ fn a_page_of_runs_draws_every_figure() {
     let Some(chromium) = chromium() else { return };
     let document = opened(&chromium, &desk.path("ab.html"));
     assert_eq!(assert_drawn(&document), ["loss", "lr", "norm", "spectra"]);
-    let lines = |id: &str| {
-        let markup = figures(&document).into_iter().find(|f| f.0 == id).unwrap().1;
-        markup.matches("class=\"js-line\"").count()
-    };
+    let lines = |id: &str| curves(figures(&document).into_iter().find(|f| f.0 == id).unwrap().1);
     assert_eq!((lines("loss"), lines("lr")), (6, 2)); // training, smoothed, validation of each run
     assert_eq!(lines("spectra"), LAYERS * KINDS.len());
 }
@@ -213,7 +217,7 @@ fn a_page_of_runs_draws_every_figure() {
 fn a_page_of_a_study_shows_tables_and_the_best_rates() {
     let desk = Desk::new();
     desk.study("study");
-    let page = desk.page(&["study", "--svg", "pictures"], "study/report.html");
+    let page = desk.page(&["study", "--svg", "pictures"], "report.html");
     assert_complete(&page);
     assert!(page.contains("<td>2.00 ± 0.01</td>"));
     let names = std::fs::read_dir(desk.path("pictures")).unwrap().map(|e| e.unwrap().file_name());
@@ -225,11 +229,11 @@ fn a_page_of_a_study_shows_tables_and_the_best_rates() {
     assert!(svg.contains("pairs &lt;/script&gt;") && svg.contains("validation loss (nats per token)"));
 
     let Some(chromium) = chromium() else { return };
-    let document = opened(&chromium, &desk.path("study/report.html"));
+    let document = opened(&chromium, &desk.path("report.html"));
     assert_eq!(assert_drawn(&document), ["rates0", "loss", "lr", "norm", "spectra"]);
     let all = figures(&document);
     // two arms at their best rate, two seeds each
-    assert_eq!(all[2].1.matches("class=\"js-line\"").count(), 4);
+    assert_eq!(curves(all[2].1), 4);
     // Eleven runs that ended and one that diverged; one mean for each of two arms and three rates.
     assert_eq!(all[0].1.matches("class=\"point\"").count(), 11 + 1 + 6);
     // A name with markup in it shows as it is.
@@ -291,7 +295,7 @@ fn a_run_under_way_is_shown_without_an_outcome() {
     let desk = Desk::new();
     desk.run("a", "seed = 3\n", 2.0, None);
     std::fs::remove_file(desk.path("a/final.json")).unwrap();
-    let page = desk.page(&["a"], "a/report.html");
+    let page = desk.page(&["a"], "report.html");
     assert!(page.contains("1 of them did not end") && page.contains("<td>–</td>"));
 }
 
@@ -322,7 +326,7 @@ fn unusable_input_is_refused_with_a_reason() {
         let error = desk.refused(arguments);
         assert!(error.contains(says), "{arguments:?}: {error}");
     }
-    assert!(!desk.path("empty/report.html").exists());
+    assert!(!desk.path("report.html").exists());
 }
 
 #[test]

@@ -122,7 +122,8 @@ fn about(input: &Input) -> Vec<String> {
     about
 }
 
-fn count(n: usize, what: &str) -> String {
+/// "1 run", "2 runs".
+pub fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
