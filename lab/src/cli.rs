@@ -46,6 +46,11 @@ pub enum Command {
     Bench(BenchArgs),
     /// Compare training methods fairly: many runs, learning rates and seeds, tables
     Study(Box<StudyArgs>),
+    /// One HTML page, readable without a network, that compares runs and studies
+    ///
+    /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
+    /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
+    Report(ReportArgs),
 }
 
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";
@@ -265,6 +270,24 @@ impl StudyArgs {
             None => Ok(self.overrides.clone()),
         }
     }
+}
+
+/// Flags of `report`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  rankgrad report runs/spectron-tiny-001 runs/adamw-tiny-001
+  rankgrad report studies/methods --out methods.html --svg pictures")]
+pub struct ReportArgs {
+    /// Directories of runs and of studies
+    #[arg(required = true, value_name = "RUN_OR_STUDY")]
+    pub paths: Vec<PathBuf>,
+    /// The page, replaced if it exists
+    // Not by default into a run's directory: a training that still runs there may be writing files of its own.
+    #[arg(long, value_name = "FILE.html", default_value = "report.html")]
+    pub out: PathBuf,
+    /// Also write the curves as SVG pictures into this directory
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
-//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, checkpoint, run, progress, plot around it;
-//! generate, inspect and bench use what was trained; study/ compares many runs. Here: one function call per command, and one place where an error
-//! reaches the person.
+//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data,
+//! checkpoint, run, progress, plot around it; generate, inspect and bench use what was trained; study/ compares many runs,
+//! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
 
 mod bench;
 mod checkpoint;
@@ -18,6 +18,7 @@ mod methods;
 mod model;
 mod plot;
 mod progress;
+mod report;
 mod run;
 mod study;
 mod train;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
+        Command::Report(args) => report::report(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

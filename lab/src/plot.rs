@@ -1,13 +1,20 @@
-//! A picture (SVG) of loss curves: training loss faint and, smoothed, strong; validation losses as dots.
+//! Pictures (SVG) for papers: loss curves, final loss against the learning rate, a quantity over the steps.
 //!
-//! One run or several, each in its own colour. Not here: where the numbers come from (run.rs).
+//! Curves of the same name share a colour and an entry in the legend. The colours keep apart for colour-blind readers
+//! (Okabe and Ito 2008, without their lightest). Not here: where the numbers come from (run.rs, report.rs).
 
 use std::path::Path;
 
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use crate::error::{Error, Result, write_atomically};
 use crate::run::Record;
+
+/// Red, green, blue; a seventh curve starts again.
+pub const COLOURS: [[u8; 3]; 6] =
+    [[0, 114, 178], [213, 94, 0], [0, 158, 115], [204, 121, 167], [230, 159, 0], [86, 180, 233]];
 
 /// The losses of one run, as (step, nats per token).
 pub struct Curve {
@@ -24,38 +31,172 @@ impl Curve {
         };
         Curve { name: name.into(), training: points(|r| r.loss), validation: points(|r| r.val_loss) }
     }
-
-    /// Moving average with weights that fall by e every 2 % of the points.
-    fn smoothed(&self) -> Vec<(f64, f64)> {
-        let decay = (-50.0 / self.training.len().max(50) as f64).exp();
-        let (mut sum, mut weight) = (0.0, 0.0);
-        let average = |&(step, loss): &(f64, f64)| {
-            sum = decay * sum + loss;
-            weight = decay * weight + 1.0;
-            (step, sum / weight)
-        };
-        self.training.iter().map(average).collect()
-    }
 }
 
-/// Writes the picture.
+/// Moving average with weights that fall by e every 2 % of the points.
+pub fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let decay = (-50.0 / points.len().max(50) as f64).exp();
+    let (mut sum, mut weight) = (0.0, 0.0);
+    let average = |&(x, y): &(f64, f64)| {
+        sum = decay * sum + y;
+        weight = decay * weight + 1.0;
+        (x, sum / weight)
+    };
+    points.iter().map(average).collect()
+}
+
+/// What is drawn of a series' points.
+enum Mark {
+    /// A line of this width.
+    Line(u32),
+    Dots,
+    /// Vertical bars of y ± this, one per point.
+    Ranges(Vec<f64>),
+}
+
+struct Series {
+    /// Empty: not in the legend.
+    name: String,
+    colour: RGBAColor,
+    mark: Mark,
+    points: Vec<(f64, f64)>,
+}
+
+/// The colour of each curve: that of its name.
+fn colours<'a>(names: impl Iterator<Item = &'a str>) -> Vec<RGBColor> {
+    let mut known: Vec<&str> = vec![];
+    let place = |name: &'a str| {
+        let place = known.iter().position(|k| *k == name).unwrap_or_else(|| {
+            known.push(name);
+            known.len() - 1
+        });
+        let [r, g, b] = COLOURS[place % COLOURS.len()];
+        RGBColor(r, g, b)
+    };
+    names.map(place).collect()
+}
+
+/// Writes the picture of the losses: training faint and, smoothed, strong; validation as dots.
 ///
 /// # Errors
 /// Curves without a point, or a file that cannot be written.
 pub fn losses(path: &Path, curves: &[Curve]) -> Result<()> {
-    let svg = draw(curves).map_err(|e| Error::new(format!("cannot draw {}: {e}", path.display())))?;
+    let mut series = vec![];
+    for (curve, colour) in curves.iter().zip(colours(curves.iter().map(|c| c.name.as_str()))) {
+        let raw = curve.training.clone();
+        series.push(Series {
+            name: String::new(),
+            colour: colour.mix(0.25),
+            mark: Mark::Line(1),
+            points: raw,
+        });
+        let name = format!("{}: training", curve.name);
+        let points = smoothed(&curve.training);
+        series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Line(2), points });
+        if !curve.validation.is_empty() {
+            let name = format!("{}: validation", curve.name);
+            let points = curve.validation.clone();
+            series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Dots, points });
+        }
+    }
+    write(path, ["step", "loss (nats per token)"], false, series)
+}
+
+/// Final losses of one arm: (learning rate, loss) of each run, and (learning rate, mean, standard deviation).
+pub struct Rates {
+    pub name: String,
+    pub runs: Vec<(f64, f64)>,
+    pub means: Vec<(f64, f64, f64)>,
+}
+
+/// Writes the picture of final losses against the learning rate, on a logarithmic axis.
+///
+/// # Errors
+/// Arms without a point, or a file that cannot be written.
+pub fn rates(path: &Path, arms: &[Rates]) -> Result<()> {
+    let mut series = vec![];
+    for (arm, colour) in arms.iter().zip(colours(arms.iter().map(|a| a.name.as_str()))) {
+        let points: Vec<_> = arm.means.iter().map(|&(lr, mean, _)| (lr.log10(), mean)).collect();
+        let deviations = arm.means.iter().map(|m| m.2).collect();
+        let runs = arm.runs.iter().map(|&(lr, loss)| (lr.log10(), loss)).collect();
+        let (none, colour) = (String::new(), colour.to_rgba());
+        series.push(Series { name: none.clone(), colour: colour.mix(0.5), mark: Mark::Dots, points: runs });
+        let mark = Mark::Ranges(deviations);
+        series.push(Series { name: none, colour, mark, points: points.clone() });
+        series.push(Series { name: arm.name.clone(), colour, mark: Mark::Line(2), points });
+    }
+    write(path, ["learning rate", "validation loss (nats per token)"], true, series)
+}
+
+/// A line of (step, value), with what the legend calls it and those like it.
+pub struct Line {
+    pub group: String,
+    pub colour: [u8; 3],
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Writes the picture of a quantity over the steps; the legend names the groups.
+///
+/// # Errors
+/// Lines without a point, or a file that cannot be written.
+pub fn lines(path: &Path, quantity: &str, lines: Vec<Line>) -> Result<()> {
+    let series = |line: Line| Series {
+        name: line.group,
+        colour: RGBColor(line.colour[0], line.colour[1], line.colour[2]).to_rgba(),
+        mark: Mark::Line(1),
+        points: line.points,
+    };
+    write(path, ["step", quantity], false, lines.into_iter().map(series).collect())
+}
+
+fn write(path: &Path, axes: [&str; 2], log_x: bool, series: Vec<Series>) -> Result<()> {
+    let svg =
+        draw(axes, log_x, series).map_err(|e| Error::new(format!("cannot draw {}: {e}", path.display())))?;
     write_atomically(path, svg.as_bytes())
 }
 
-fn draw(curves: &[Curve]) -> std::result::Result<String, Box<dyn std::error::Error>> {
-    let all = || curves.iter().flat_map(|c| c.training.iter().chain(&c.validation));
-    let last = all().map(|p| p.0).fold(1.0, f64::max);
-    let low = all().map(|p| p.1).fold(f64::INFINITY, f64::min);
-    let high = all().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
-    if !low.is_finite() || !high.is_finite() {
-        return Err("there are no finite losses yet".into());
+/// An axis with ticks of our own.
+struct Across {
+    range: RangedCoordf64,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for Across {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, x: &f64, limit: (i32, i32)) -> i32 {
+        self.range.map(x, limit)
     }
-    let margin = 0.05 * (high - low).max(0.1);
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.range.range()
+    }
+}
+
+/// `log_x`: the x are decimal logarithms.
+fn draw(
+    [x, y]: [&str; 2],
+    log_x: bool,
+    series: Vec<Series>,
+) -> std::result::Result<String, Box<dyn std::error::Error>> {
+    let all = || series.iter().flat_map(|s| &s.points).filter(|p| p.0.is_finite() && p.1.is_finite());
+    let least = |of: fn(&(f64, f64)) -> f64| all().map(of).fold(f64::INFINITY, f64::min);
+    let most = |of: fn(&(f64, f64)) -> f64| all().map(of).fold(f64::NEG_INFINITY, f64::max);
+    if all().next().is_none() {
+        return Err("there are no finite values yet".into());
+    }
+    let (low, high) = (least(|p| p.1), most(|p| p.1));
+    let margin = 0.05 * if high > low { high - low } else { high.abs().max(1e-6) };
+    let across = if log_x { least(|p| p.0) - 0.1..most(|p| p.0) + 0.1 } else { 0.0..most(|p| p.0).max(1.0) };
+    let ticks = match log_x {
+        true => one_two_five(across.clone()),
+        false => RangedCoordf64::from(across.clone()).key_points(10),
+    };
 
     let mut svg = String::new();
     let area = SVGBackend::with_string(&mut svg, (800, 450)).into_drawing_area();
@@ -63,30 +204,37 @@ fn draw(curves: &[Curve]) -> std::result::Result<String, Box<dyn std::error::Err
     let mut chart = ChartBuilder::on(&area)
         .margin(12)
         .x_label_area_size(40)
-        .y_label_area_size(55)
-        .build_cartesian_2d(0.0..last, low - margin..high + margin)?;
+        .y_label_area_size(60)
+        .build_cartesian_2d(Across { range: across.into(), ticks }, low - margin..high + margin)?;
     chart
         .configure_mesh()
-        .x_desc("step")
-        .y_desc("loss (nats per token)")
-        .x_label_formatter(&|step| format!("{step:.0}"))
-        .y_label_formatter(&|loss| format!("{loss:.2}"))
+        .x_desc(x)
+        .y_desc(y)
+        .x_label_formatter(&|&x| if log_x { short(10f64.powf(x)) } else { format!("{x:.0}") })
+        .y_label_formatter(&|&y| short(y))
         .max_light_lines(0)
         .bold_line_style(BLACK.mix(0.1))
         .draw()?;
-    for (i, curve) in curves.iter().enumerate() {
-        let colour = Palette99::pick(i).to_rgba();
-        chart.draw_series(LineSeries::new(curve.training.iter().copied(), colour.mix(0.25)))?;
-        chart
-            .draw_series(LineSeries::new(curve.smoothed(), colour.stroke_width(2)))?
-            .label(format!("{}: training", curve.name))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-        if !curve.validation.is_empty() {
-            let dots = curve.validation.iter().map(|&p| Circle::new(p, 4, colour.filled()));
-            chart
-                .draw_series(dots)?
-                .label(format!("{}: validation", curve.name))
-                .legend(move |(x, y)| Circle::new((x + 9, y), 4, colour.filled()));
+    let mut named: Vec<String> = vec![];
+    for Series { name, colour, mark, points } in series {
+        let in_legend = !name.is_empty() && !named.contains(&name);
+        let dots = matches!(mark, Mark::Dots);
+        let drawn = match mark {
+            Mark::Line(width) => chart.draw_series(LineSeries::new(points, colour.stroke_width(width)))?,
+            Mark::Dots => chart.draw_series(points.iter().map(|&p| Circle::new(p, 4, colour.filled())))?,
+            Mark::Ranges(deviations) => chart.draw_series(
+                points
+                    .iter()
+                    .zip(deviations)
+                    .map(|(&(x, y), d)| ErrorBar::new_vertical(x, y - d, y, y + d, colour.filled(), 8)),
+            )?,
+        };
+        if in_legend {
+            drawn.label(name.as_str()).legend(move |(x, y)| match dots {
+                true => Circle::new((x + 9, y), 4, colour.filled()).into_dyn(),
+                false => PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)).into_dyn(),
+            });
+            named.push(name);
         }
     }
     chart
@@ -99,6 +247,28 @@ fn draw(curves: &[Curve]) -> std::result::Result<String, Box<dyn std::error::Err
     drop(chart);
     drop(area);
     Ok(svg)
+}
+
+/// The decimal logarithms within `range` of 1, 2 and 5 times the powers of ten.
+fn one_two_five(range: std::ops::Range<f64>) -> Vec<f64> {
+    let powers = range.start.floor() as i32..=range.end.ceil() as i32;
+    let ticks = powers.flat_map(|power| [1.0f64, 2.0, 5.0].map(|digit| power as f64 + digit.log10()));
+    ticks.filter(|tick| range.contains(tick)).collect()
+}
+
+/// Three digits, with a power of ten where they would not show.
+fn short(x: f64) -> String {
+    let power = if x == 0.0 { 0 } else { x.abs().log10().floor() as i32 };
+    match power {
+        -4..=2 => {
+            let decimals = (2 - power).clamp(0, 6) as usize;
+            let text = format!("{x:.decimals$}");
+            let end = text.trim_end_matches('0').trim_end_matches('.');
+            if text.contains('.') { end.to_owned() } else { text }
+        }
+        3..=5 => format!("{x:.0}"),
+        _ => format!("{x:.1e}"),
+    }
 }
 
 #[cfg(test)]
@@ -130,17 +300,39 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("loss.svg");
         let error = losses(&path, &[curve("a", f64::NAN)]).unwrap_err().to_string();
-        assert!(error.contains("no finite losses"), "{error}");
+        assert!(error.contains("no finite values"), "{error}");
         assert!(losses(&path, &[]).is_err() && !path.exists());
     }
 
     #[test]
-    fn smoothing_starts_at_the_first_loss_and_ends_near_the_last() {
-        let curve = Curve {
-            name: String::new(),
-            training: (0..500).map(|i| (i as f64, 5.0)).collect(),
-            validation: vec![],
+    fn smoothing_keeps_a_constant() {
+        let points: Vec<(f64, f64)> = (0..500).map(|i| (i as f64, 5.0)).collect();
+        assert!(smoothed(&points).iter().all(|p| (p.1 - 5.0).abs() < 1e-12));
+    }
+
+    #[test]
+    fn rates_and_lines_are_named_once_and_names_are_escaped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rates.svg");
+        let arm = Rates {
+            name: "a <b> & c".into(),
+            runs: vec![(0.01, 2.0), (0.1, 1.5)],
+            means: vec![(0.01, 2.0, 0.1)],
         };
-        assert!(curve.smoothed().iter().all(|p| (p.1 - 5.0).abs() < 1e-12));
+        rates(&path, &[arm]).unwrap();
+        let svg = std::fs::read_to_string(&path).unwrap();
+        assert!(svg.contains("a &lt;b&gt; &amp; c") && svg.contains("learning rate"), "{svg}");
+        let line =
+            |top| Line { group: "layer 0".into(), colour: COLOURS[0], points: vec![(1.0, top), (2.0, 1.0)] };
+        lines(&path, "σ(W)", vec![line(2.0), line(3.0)]).unwrap();
+        let svg = std::fs::read_to_string(&path).unwrap();
+        assert_eq!((svg.matches("layer 0").count(), svg.matches("σ(W)").count()), (1, 1));
+    }
+
+    #[test]
+    fn labels_have_three_digits() {
+        let texts: Vec<String> =
+            [0.0, 1.0, 0.025, 1234.0, 1.5e-7, 100.0, 2.345].iter().map(|&x| short(x)).collect();
+        assert_eq!(texts, ["0", "1", "0.025", "1234", "1.5e-7", "100", "2.35"]);
     }
 }

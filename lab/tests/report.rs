@@ -1,0 +1,340 @@
+//! `report` as a person uses it: the page opened in Chromium, the pictures, and what bad input is answered with.
+//!
+//! Without a Chromium on this machine the tests in a browser say so and pass, unless RANKGRAD_REQUIRE_CHROMIUM is set.
+//! Everything runs on made-up records with known numbers: what is looked for is that they arrive, not what they mean.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+const LAYERS: usize = 2;
+const KINDS: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
+
+struct Desk {
+    dir: TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    fn report(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rankgrad"));
+        command.arg("report").args(arguments).current_dir(self.dir.path()).output().unwrap()
+    }
+
+    /// The page that a report writes.
+    fn page(&self, arguments: &[&str], out: &str) -> String {
+        let output = self.report(arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}\n{errors}");
+        std::fs::read_to_string(self.path(out)).unwrap()
+    }
+
+    /// What a report that must fail says.
+    fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.report(arguments);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{arguments:?} succeeded");
+        assert!(errors.starts_with("error: ") && !errors.contains("panicked"), "{errors}");
+        errors
+    }
+
+    /// A run of 30 records. Telemetry every 5 of them, under `field` if there is one.
+    fn run(&self, name: &str, settings: &str, val_loss: f64, field: Option<&str>) {
+        self.write(&format!("{name}/config.toml"), &format!("steps = 300\nlayers = {LAYERS}\n{settings}"));
+        let record = |i: usize| {
+            let step = 10 * i;
+            let loss = val_loss + 4.0 / i as f64;
+            let mut record = serde_json::json!({
+                "step": step, "loss": loss, "lr": 0.01, "grad_norm": 1.0 + 1.0 / i as f64,
+                "tokens": 768 * step, "seconds": 0.02 * step as f64, "tokens_per_second": 38400.0,
+            });
+            if i.is_multiple_of(10) {
+                record["val_loss"] = (loss + 0.1).into();
+            }
+            if let Some(field) = field.filter(|_| i.is_multiple_of(5)) {
+                for (layer, kind) in (0..LAYERS).flat_map(|l| KINDS.map(|k| (l, k))) {
+                    let sigma = 1.0 + layer as f64 + step as f64 / 300.0;
+                    record[field][format!("blocks.{layer}.{kind}")] = serde_json::json!({
+                        "sigma_w": sigma, "stable_rank": 8.0, "update": 0.01, "update_over_eta": 0.9,
+                        "update_over_w": 0.01 / sigma,
+                    });
+                    if field == "pairs" {
+                        let more = &mut record[field][format!("blocks.{layer}.{kind}")];
+                        more["sigma_a"] = sigma.sqrt().into();
+                        more["gauge_imbalance"] = serde_json::Value::Null; // not finite
+                    }
+                }
+            }
+            record.to_string() + "\n"
+        };
+        self.write(&format!("{name}/metrics.jsonl"), &(1..=30).map(record).collect::<String>());
+        let outcome = serde_json::json!({
+            "val_loss": val_loss, "val_bits_per_byte": val_loss / std::f64::consts::LN_2, "params": 382_080,
+            "tokens": 230_400, "seconds": 6.0, "steps": 300, "train_flops": 6e11,
+        });
+        self.write(&format!("{name}/final.json"), &outcome.to_string());
+    }
+
+    /// Two arms at three rates with two seeds; one run diverged. Its best rate is 0.02 in both arms.
+    fn study(&self, name: &str) {
+        self.write(&format!("{name}/study.toml"), "title = \"Rates & <i>arms</i>\"");
+        let mut rows = String::from("id,arm,method,lr,adam_lr,seed,val_loss,diverged_step\n");
+        for (arm, method) in [("pairs </script>", "spectron"), ("dense", "dense-muon")] {
+            for (lr, val_loss) in [(0.01, 2.2), (0.02, 2.0), (0.04, 2.1)] {
+                for seed in [1, 2] {
+                    let id = format!("{method}-{lr}-{seed}");
+                    let field = if method == "spectron" { "pairs" } else { "hidden" };
+                    let settings =
+                        format!("method = \"{method}\"\nlr = {lr}\nadam_lr = 0.004\nseed = {seed}\n");
+                    let val_loss = val_loss + 0.01 * seed as f64;
+                    self.run(&format!("{name}/runs/{id}"), &settings, val_loss, Some(field));
+                    let diverged = (method, lr, seed) == ("spectron", 0.04, 2);
+                    let outcome = if diverged { ",170".into() } else { format!("{val_loss},") };
+                    rows += &format!("{id},{arm},{method},{lr},0.004,{seed},{outcome}\n");
+                }
+            }
+        }
+        self.write(&format!("{name}/results.csv"), &rows);
+        let table = serde_json::json!([
+            {"title": "Best", "columns": ["arm", "loss"], "rows": [["a < b", "2.00 ± 0.01"], ["dense", "2.01"]]},
+        ]);
+        self.write(&format!("{name}/tables.json"), &table.to_string());
+    }
+}
+
+fn chromium() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let names = ["chromium", "chromium-browser", "google-chrome"];
+    let found = std::env::split_paths(&path).flat_map(|d| names.map(|n| d.join(n))).find(|p| p.is_file());
+    if found.is_none() {
+        assert!(
+            std::env::var_os("RANKGRAD_REQUIRE_CHROMIUM").is_none(),
+            "RANKGRAD_REQUIRE_CHROMIUM is set, and no chromium is in PATH"
+        );
+        eprintln!("skipped: no chromium in PATH to open the page with");
+    }
+    found
+}
+
+/// The document after its scripts have run. Anything on the console, a refused request included, fails the test.
+fn opened(chromium: &Path, page: &Path) -> String {
+    let profile = tempfile::tempdir().unwrap();
+    let flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
+                 --disable-component-update --disable-sync --enable-logging=stderr --window-size=1400,1000 \
+                 --virtual-time-budget=20000 --dump-dom";
+    let output = Command::new(chromium)
+        .args(flags.split_whitespace())
+        .arg(format!("--user-data-dir={}", profile.path().display()))
+        .arg(format!("file://{}", page.display()))
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    let console: Vec<&str> = log.lines().filter(|line| line.contains("CONSOLE")).collect();
+    assert!(output.status.success() && console.is_empty(), "{log}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The figures of an opened page: id and markup.
+fn figures(document: &str) -> Vec<(&str, &str)> {
+    let figure = |part| {
+        let (markup, _): (&str, &str) = str::split_once(part, "</figure>").unwrap();
+        let (_, rest) = markup.split_once("class=\"plot").unwrap();
+        let (id, _) = rest.split_once("id=\"").unwrap().1.split_once('"').unwrap();
+        (id, markup)
+    };
+    document.split("<figure>").skip(1).map(figure).collect()
+}
+
+/// The number of a figure's curves: of lines with a second point, which those of the legend lack.
+fn curves(markup: &str) -> usize {
+    let lines = markup.split("class=\"js-line\"").skip(1).map(|rest| rest.split('>').next().unwrap());
+    lines
+        .filter(|tag| tag.split_once(" d=\"M").is_some_and(|d| d.1.split('"').next().unwrap().contains('L')))
+        .count()
+}
+
+/// Every figure has curves and titled axes. Returns the ids.
+fn assert_drawn(document: &str) -> Vec<&str> {
+    let figures = figures(document);
+    for (id, markup) in &figures {
+        assert!(curves(markup) > 0, "{id} has no curve");
+        for class in ["xtitle", "ytitle"] {
+            let title = markup.split(&format!("<text class=\"{class}\"")).nth(1).expect(class);
+            let text = title.split_once('>').unwrap().1.split('<').next().unwrap();
+            assert!(!text.trim().is_empty(), "{id}: {class}");
+        }
+    }
+    figures.into_iter().map(|f| f.0).collect()
+}
+
+/// Nothing in the page but plotly.js names another place, and the browser would refuse what plotly.js names.
+fn assert_complete(page: &str) {
+    assert!(page.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';"));
+    let (before, rest) = page.split_once("<script type=\"text/javascript\">").unwrap();
+    let (library, after) = rest.split_once("</script>").unwrap();
+    assert!(library[..200].contains("plotly.js v"));
+    for part in [before, after] {
+        for word in ["http://", "https://", "src=", "href=", "@import", "url("] {
+            assert!(!part.contains(word), "{word}");
+        }
+    }
+}
+
+#[test]
+fn a_page_of_runs_draws_every_figure() {
+    let desk = Desk::new();
+    desk.run("a", "method = \"spectron\"\nlr = 0.02\n", 2.0, Some("pairs"));
+    desk.run("b", "method = \"dense-muon\"\nlr = 0.04\n", 2.1, None);
+    let page = desk.page(&["a", "b", "--out", "ab.html"], "ab.html");
+    assert_complete(&page);
+    for cell in ["<td>2.0000</td>", "<td>2.8854</td>", "<td>382,080</td>", "<dd>0.02, 0.04</dd>"] {
+        assert!(page.contains(cell), "{cell}");
+    }
+    assert!(page.contains("1 of 2 runs recorded no spectra"));
+    let Some(chromium) = chromium() else { return };
+    let document = opened(&chromium, &desk.path("ab.html"));
+    assert_eq!(assert_drawn(&document), ["loss", "lr", "norm", "spectra"]);
+    let lines = |id: &str| curves(figures(&document).into_iter().find(|f| f.0 == id).unwrap().1);
+    assert_eq!((lines("loss"), lines("lr")), (6, 2)); // training, smoothed, validation of each run
+    assert_eq!(lines("spectra"), LAYERS * KINDS.len());
+}
+
+#[test]
+fn a_page_of_a_study_shows_tables_and_the_best_rates() {
+    let desk = Desk::new();
+    desk.study("study");
+    let page = desk.page(&["study", "--svg", "pictures"], "report.html");
+    assert_complete(&page);
+    assert!(page.contains("<td>2.00 ± 0.01</td>"));
+    let names = std::fs::read_dir(desk.path("pictures")).unwrap().map(|e| e.unwrap().file_name());
+    let mut names: Vec<String> = names.map(|n| n.into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names.len(), 2 + 6 + 5); // six quantities of a pair, five of a dense matrix
+    assert!(names.contains(&"learning-rate.svg".into()) && names.contains(&"loss.svg".into()), "{names:?}");
+    let svg = std::fs::read_to_string(desk.path("pictures/learning-rate.svg")).unwrap();
+    assert!(svg.contains("pairs &lt;/script&gt;") && svg.contains("validation loss (nats per token)"));
+
+    let Some(chromium) = chromium() else { return };
+    let document = opened(&chromium, &desk.path("report.html"));
+    assert_eq!(assert_drawn(&document), ["rates0", "loss", "lr", "norm", "spectra"]);
+    let all = figures(&document);
+    // two arms at their best rate, two seeds each
+    assert_eq!(curves(all[2].1), 4);
+    // Eleven runs that ended and one that diverged; one mean for each of two arms and three rates.
+    assert_eq!(all[0].1.matches("class=\"point\"").count(), 11 + 1 + 6);
+    // A name with markup in it shows as it is.
+    assert!(all[1].1.contains(">pairs &lt;/script&gt;</text>"), "{}", all[1].1);
+    assert!(document.contains("<h1>Rates &amp; &lt;i&gt;arms&lt;/i&gt;</h1>"));
+}
+
+#[test]
+fn every_choice_of_every_control_can_be_drawn() {
+    let desk = Desk::new();
+    desk.study("study");
+    let page = desk.page(&["study", "--out", "page.html"], "page.html");
+    let Some(chromium) = chromium() else { return };
+    // Appended to the page: chooses each option once, and writes down what was drawn then.
+    let script = r#"<script>
+        const said = [];
+        for (const select of document.querySelectorAll("select")) {
+            const figure = select.closest("figure").querySelector(".plot");
+            for (let i = 0; i < select.options.length; i++) {
+                select.selectedIndex = i;
+                select.dispatchEvent(new Event("change"));
+                const title = figure.querySelector(".xtitle").textContent + "|" + figure.querySelector(".ytitle").textContent;
+                const lines = [...figure.querySelectorAll(".js-line")].filter(p => p.getAttribute("d").includes("L"));
+                said.push([select.id, select.options[i].text, lines.length, title, figure.layout.yaxis.type].join("|"));
+            }
+            select.selectedIndex = 0;
+            select.dispatchEvent(new Event("change"));
+        }
+        const probe = document.createElement("pre");
+        probe.id = "probe";
+        probe.textContent = said.join("\n");
+        document.body.append(probe);
+    </script>"#;
+    desk.write("probed.html", &page.replace("</body>", &format!("{script}</body>")));
+    let document = opened(&chromium, &desk.path("probed.html"));
+    let probe = document.split_once("<pre id=\"probe\">").unwrap().1.split_once("</pre>").unwrap().0;
+    let lines: Vec<&str> = probe.lines().collect();
+    for line in &lines {
+        let drawn: usize = line.split('|').nth(2).unwrap().parse().unwrap();
+        assert!(drawn > 0, "{line}");
+    }
+    for expected in [
+        "loss-0|all (12)|36|step|loss (nats per token)|linear",
+        "loss-1|validation only|4|step|loss (nats per token)|linear",
+        "loss-2|seconds|12|training time (s)|loss (nats per token)|linear",
+        "loss-4|logarithmic|12|step|loss (nats per token)|log",
+        "lr-1|FLOPs|4|training FLOPs|learning rate|linear",
+        "spectra-0|dense-muon-0.02-1|14|step|σ(W), spectral norm|linear",
+        "spectra-1|‖ΔW‖₂ / η|14|step|‖ΔW‖₂ / η|linear",
+        "spectra-2|gate|2|step|σ(W), spectral norm|linear",
+        "spectra-3|layer 1|7|step|σ(W), spectral norm|linear",
+    ] {
+        assert!(lines.contains(&expected), "{expected}\n{probe}");
+    }
+}
+
+#[test]
+fn a_run_under_way_is_shown_without_an_outcome() {
+    let desk = Desk::new();
+    desk.run("a", "seed = 3\n", 2.0, None);
+    std::fs::remove_file(desk.path("a/final.json")).unwrap();
+    let page = desk.page(&["a"], "report.html");
+    assert!(page.contains("1 of them did not end") && page.contains("<td>–</td>"));
+}
+
+#[test]
+fn unusable_input_is_refused_with_a_reason() {
+    let desk = Desk::new();
+    desk.run("runs/a", "", 2.0, None);
+    desk.run("empty", "", 2.0, None);
+    desk.write("empty/metrics.jsonl", "");
+    desk.write("file", "");
+    desk.write("broken/study.toml", "");
+    desk.write("broken/results.csv", "arm,lr\na,0.1\n");
+    desk.run("odd", "", 2.0, None);
+    let line =
+        r#"{"step":1,"loss":1,"lr":1,"grad_norm":1,"tokens":1,"seconds":1,"tokens_per_second":1,"pairs":3}"#;
+    desk.write("odd/metrics.jsonl", &format!("{line}\n"));
+    for (arguments, says) in [
+        (&["none"][..], "none does not exist"),
+        (&["file"], "file is a file: give the directory"),
+        (&["runs"], "runs is neither a run"),
+        (&["runs"], "there are runs inside: give runs/a"),
+        (&["empty"], "empty has no records in metrics.jsonl yet"),
+        (&["broken"], "broken/results.csv has no column `val_loss`"),
+        (&["odd"], "odd/metrics.jsonl line 1: its telemetry is of another form"),
+        (&["runs/a", "--out", "page.txt"], "--out page.txt: give a file whose name ends in .html"),
+        (&["runs/a", "--out", "no/such/page.html"], "cannot write no/such/page.html"),
+    ] {
+        let error = desk.refused(arguments);
+        assert!(error.contains(says), "{arguments:?}: {error}");
+    }
+    assert!(!desk.path("report.html").exists());
+}
+
+#[test]
+fn a_page_that_exists_is_replaced_whole_or_stays() {
+    let desk = Desk::new();
+    desk.run("a", "", 2.0, None);
+    desk.write("page.html", "before");
+    desk.refused(&["none", "--out", "page.html"]);
+    assert_eq!(std::fs::read_to_string(desk.path("page.html")).unwrap(), "before");
+    assert!(desk.page(&["a", "--out", "page.html"], "page.html").ends_with("</html>"));
+}
