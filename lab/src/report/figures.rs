@@ -73,7 +73,7 @@ pub struct Figures {
     pub thinned: bool,
 }
 
-/// What telemetry may hold: key, symbol, and the symbol with its unit or meaning.
+/// What telemetry may hold: its key in the records, and the axis title.
 pub const QUANTITIES: [(&str, &str); 10] = [
     ("sigma_a", "σ(A), spectral norm"),
     ("sigma_b", "σ(B), spectral norm"),
