@@ -1,5 +1,6 @@
-//! The element types, f32 and f64: arithmetic from num-traits, the matrix product from matrixmultiply, a vectorisable exp.
+//! The element types, f32 and f64: arithmetic from num-traits, the matrix product of the CPU, a vectorisable exp.
 
+use super::cpu::{Product, dgemm, sgemm};
 use num_traits::{Float, NumAssign};
 use std::fmt::{Debug, Display};
 
@@ -14,18 +15,11 @@ pub trait Scalar: Float + NumAssign + Default + Debug + Display + Send + Sync + 
     /// The free list that buffers of this type return to.
     fn pool() -> &'static super::cpu::Pool<Self>;
 
-    /// `C ← A·B + beta·C` with A m×k, B k×n, C m×n and row/column strides in elements.
+    /// One matrix product.
     ///
     /// # Safety
     /// Each pointer must be valid for every element its sizes and strides reach, and C must not overlap A or B.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn gemm(
-        sizes: [usize; 3],
-        a: (*const Self, isize, isize),
-        b: (*const Self, isize, isize),
-        beta: Self,
-        c: (*mut Self, isize, isize),
-    );
+    unsafe fn gemm(product: Product<Self>);
 }
 
 macro_rules! scalar {
@@ -47,15 +41,9 @@ macro_rules! scalar {
                 static POOL: super::cpu::Pool<$t> = super::cpu::Pool::new();
                 &POOL
             }
-            unsafe fn gemm(
-                [m, k, n]: [usize; 3],
-                (a, rsa, csa): (*const Self, isize, isize),
-                (b, rsb, csb): (*const Self, isize, isize),
-                beta: Self,
-                (c, rsc, csc): (*mut Self, isize, isize),
-            ) {
+            unsafe fn gemm(product: Product<Self>) {
                 // SAFETY: the caller's promise is the callee's condition
-                unsafe { matrixmultiply::$gemm(m, k, n, 1.0, a, rsa, csa, b, rsb, csb, beta, c, rsc, csc) }
+                unsafe { $gemm(product) }
             }
         }
     };

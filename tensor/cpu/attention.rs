@@ -5,7 +5,7 @@
 //! Letters: tq, tk query and key lengths; h head size; S scores, P probabilities, O output, each for one block of one head.
 //! Parallel over (sequence, key/value head): the query heads of a group run in turn, so dK and dV are summed in a fixed order.
 
-use super::{Attention, Buffer, Cpu, Scalar, Tensor, rows, simd};
+use super::{Accum, Attention, Buffer, Cpu, Product, Scalar, Tensor, rows, simd};
 use rayon::prelude::*;
 
 type Cpus<T> = Tensor<Cpu<T>>;
@@ -52,21 +52,21 @@ fn whole<'a, T: Scalar>(x: &'a Cpus<T>, like: &Cpus<T>) -> &'a [T] {
     &x.buffer()[..x.len()]
 }
 
-/// C ← A·B + beta·C, where `ta`/`tb` read A/B transposed; sizes m, k, n.
+/// C ← or += A·B, where `ta`/`tb` read A/B transposed; sizes m, k, n.
 ///
 /// # Safety
 /// The operands must hold the rows that the sizes ask for, and nothing else may touch C meanwhile.
 unsafe fn product<T: Scalar>(
-    [m, k, n]: [usize; 3],
+    sizes: [usize; 3],
     (a, ta): (Head<*const T>, bool),
     (b, tb): (Head<*const T>, bool),
-    beta: T,
+    accum: Accum,
     c: Head<*mut T>,
 ) {
     let strides =
         |x: Head<*const T>, t: bool| if t { (x.first, 1, x.stride) } else { (x.first, x.stride, 1) };
     // SAFETY: the caller's promise
-    unsafe { T::gemm([m, k, n], strides(a, ta), strides(b, tb), beta, (c.first, c.stride, 1)) }
+    unsafe { T::gemm(Product { sizes, a: strides(a, ta), b: strides(b, tb), accum, c: (c.first, c.stride) }) }
 }
 
 /// Sizes shared by forward and backward.
@@ -136,7 +136,7 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
                 let s = Head::of_mut(&mut scores, keys);
                 // S = Q·Kᵀ
                 // SAFETY: the block's queries, its visible keys and the scratch all hold these sizes
-                unsafe { product([rows, h, keys], (q, false), (k, true), T::zero(), s) };
+                unsafe { product([rows, h, keys], (q, false), (k, true), Accum::Replace, s) };
                 // SAFETY: this task alone writes this head's log-sum-exps
                 let lse =
                     unsafe { std::slice::from_raw_parts_mut(lses.at(b * how.heads + j, start).first, rows) };
@@ -156,7 +156,7 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
                 let p = Head::of(&scores, keys); // P [rows, keys]
                 // O = P·V
                 // SAFETY: as above; this task alone writes this head of O
-                unsafe { product([rows, keys, h], (p, false), (v, false), T::zero(), o) };
+                unsafe { product([rows, keys, h], (p, false), (v, false), Accum::Replace, o) };
             }
         }
     });
@@ -188,7 +188,7 @@ pub(super) fn attention_grad<T: Scalar>(
         let mut probs = Buffer::scratch(BLOCK * z.tk); // [BLOCK, tk]
         let mut dprobs = Buffer::scratch(BLOCK * z.tk); // [BLOCK, tk]
         // the last block sees every key, so it comes first and replaces what dK and dV held; the others add
-        let mut beta = T::zero();
+        let mut accum = Accum::Replace;
         for j in kv * z.group..(kv + 1) * z.group {
             for (start, rows, keys) in z.blocks().rev() {
                 let row0 = b * z.tq + start;
@@ -197,8 +197,8 @@ pub(super) fn attention_grad<T: Scalar>(
                 let (p, dp) = (Head::of_mut(&mut probs, keys), Head::of_mut(&mut dprobs, keys));
                 // SAFETY: the block's queries, its visible keys and the scratch all hold these sizes
                 unsafe {
-                    product([rows, h, keys], (q, false), (k, true), T::zero(), p); // S [rows, keys]
-                    product([rows, h, keys], (do_, false), (v, true), T::zero(), dp); // dP [rows, keys]
+                    product([rows, h, keys], (q, false), (k, true), Accum::Replace, p); // S [rows, keys]
+                    product([rows, h, keys], (do_, false), (v, true), Accum::Replace, dp); // dP [rows, keys]
                 }
                 simd(|| {
                     let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
@@ -218,11 +218,11 @@ pub(super) fn attention_grad<T: Scalar>(
                 let (p, dp) = (Head::of(&probs, keys), Head::of(&dprobs, keys)); // P, dS [rows, keys]
                 // SAFETY: as above; this task alone writes this head of dQ, dK and dV
                 unsafe {
-                    product([rows, keys, h], (dp, false), (k, false), T::zero(), dq);
-                    product([keys, rows, h], (dp, true), (q, false), beta, dk);
-                    product([keys, rows, h], (p, true), (do_, false), beta, dv);
+                    product([rows, keys, h], (dp, false), (k, false), Accum::Replace, dq);
+                    product([keys, rows, h], (dp, true), (q, false), accum, dk);
+                    product([keys, rows, h], (p, true), (do_, false), accum, dv);
                 }
-                beta = T::one();
+                accum = Accum::Add;
             }
         }
     });

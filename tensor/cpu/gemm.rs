@@ -1,10 +1,10 @@
-//! Batches of matrix products through matrixmultiply, cut into one piece per thread.
+//! Batches of matrix products, cut into one piece per thread.
 //!
-//! Each element of C is one sum over k in a fixed order, whichever rows or columns of C a call computes, and with beta 0 or 1
-//! the last step rounds once; so the cut cannot change a result. tests/threads.rs holds that to the bit.
+//! Each element of C is one sum over k in a fixed order, whichever rows or columns of C a call computes; so the cut cannot
+//! change a result. tests/threads.rs holds that to the bit.
 //! Letters: C (m×n) = A (m×k) · B (k×n).
 
-use super::{Accum, Cpu, Mat, Scalar, Tensor};
+use super::{Accum, Cpu, Mat, Product, Scalar, Tensor};
 use rayon::prelude::*;
 
 /// Below this many multiply-adds a second thread costs more than it brings (it takes about 5 µs to wake).
@@ -30,11 +30,17 @@ unsafe impl<T: Send> Send for Task<T> {}
 unsafe impl<T: Sync> Sync for Task<T> {}
 
 impl<T: Scalar> Task<T> {
-    fn run(&self, beta: T) {
+    fn run(&self, accum: Accum) {
         let Self { sizes, a, b, c } = *self;
         // SAFETY: `gemm` derived pointers, sizes and strides from live tensors of matching shapes
         unsafe {
-            T::gemm(sizes, (a.first, a.row, a.col), (b.first, b.row, b.col), beta, (c.first, c.row, c.col));
+            T::gemm(Product {
+                sizes,
+                a: (a.first, a.row, a.col),
+                b: (b.first, b.row, b.col),
+                accum,
+                c: (c.first, c.row),
+            });
         }
     }
 }
@@ -54,7 +60,6 @@ pub(super) fn gemm<T: Scalar>(
     accum: Accum,
 ) {
     assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
-    let beta = if accum == Accum::Add { T::one() } else { T::zero() };
     let Some(first) = a.first() else { return };
     let ((m, k), n) = (first.sizes(), b[0].sizes().1);
     if m * n == 0 {
@@ -97,8 +102,8 @@ pub(super) fn gemm<T: Scalar>(
         }
     }
     if shared {
-        tasks.par_iter().for_each(|task| task.run(beta));
+        tasks.par_iter().for_each(|task| task.run(accum));
     } else {
-        tasks.iter().for_each(|task| task.run(beta));
+        tasks.iter().for_each(|task| task.run(accum));
     }
 }

@@ -1,4 +1,4 @@
-//! The CPU backend: matrixmultiply for products, one-pass row kernels for the rest, rayon over rows.
+//! The CPU backend: products in registers and caches, one-pass row kernels for the rest, rayon over both.
 //!
 //! Results do not depend on the number of threads: work is split at places that depend on shapes alone, or where the split
 //! cannot change a rounding (see gemm.rs), and partial sums are added in a fixed order.
@@ -8,8 +8,10 @@ mod buffer;
 mod gemm;
 mod ndarray;
 mod rows;
+mod sgemm;
 
 pub use buffer::{Buffer, Pool};
+pub use sgemm::{Product, dgemm, sgemm};
 
 use super::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Scalar, Shape, Tensor, Unary};
 use rayon::prelude::*;

@@ -1,0 +1,350 @@
+//! One matrix product in f32: blocks that fit the caches, and a tile of C that stays in registers (Goto & van de Geijn 2008).
+//!
+//! Not the sharing among threads (gemm.rs). B is copied into panels as wide as a tile, so that it is read in order. A tile
+//! reads one element at a time of each of its rows of A: where they stand if they are contiguous, or are read few times. Letters: C (m×n) ← or += A (m×k) · B (k×n); i, p, j run over m, k, n.
+
+use super::Accum;
+use pulp::{Simd, WithSimd};
+use std::cell::RefCell;
+
+/// Blocks of k, m and n: a panel of B (KC × a tile's width) stays in the first-level cache, a block of A (MC×KC) and the
+/// panels together (KC×NC) in the second. MC is a multiple of both tile heights.
+const KC: usize = 256;
+const MC: usize = 120;
+const NC: usize = 1024;
+
+/// Registers across a tile.
+const VECTORS: usize = 2;
+
+thread_local! {
+    /// Copies of a block of B and one of A, kept from one product to the next.
+    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A product to run; pointers with their row and column strides in elements.
+pub struct Product<T> {
+    pub sizes: [usize; 3],
+    pub a: (*const T, isize, isize),
+    pub b: (*const T, isize, isize),
+    pub accum: Accum,
+    /// Its rows are contiguous.
+    pub c: (*mut T, isize),
+}
+
+/// Runs a product.
+///
+/// # Safety
+/// Each pointer must be valid for every element that its sizes and strides reach, and C must not overlap A or B.
+pub unsafe fn sgemm(product: Product<f32>) {
+    PACKED.with_borrow_mut(|packed| {
+        packed.resize(KC * (NC + MC) + 16, 0.0);
+        let skip = packed.as_ptr().align_offset(64); // loads of a whole cache line should not straddle two
+        let (b, a) = packed[skip..].split_at_mut(KC * NC);
+        // SAFETY: the caller's promise
+        pulp::Arch::new().dispatch(Run { product, packed: [a, b] });
+    })
+}
+
+struct Run<'a> {
+    product: Product<f32>,
+    packed: [&'a mut [f32]; 2],
+}
+
+impl WithSimd for Run<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // tile heights: with its accumulators (VECTORS per row), B's VECTORS and A's one, a tile fills the registers
+        // SAFETY: `sgemm` is the only place that makes a `Run`, and has the caller's promise
+        unsafe {
+            match S::REGISTER_COUNT {
+                _ if S::F32_LANES == 1 => portable_sgemm(self.product),
+                32 => blocks::<S, 12>(simd, self.product, self.packed),
+                _ => blocks::<S, 6>(simd, self.product, self.packed),
+            }
+        }
+    }
+}
+
+/// One product in f64, and in f32 on processors without vectors that multiply and add at once: matrixmultiply's.
+macro_rules! library {
+    ($name:ident, $t:ty, $gemm:ident) => {
+        ///
+        /// # Safety
+        /// As [`sgemm`].
+        pub unsafe fn $name(product: Product<$t>) {
+            let Product { sizes: [m, k, n], a, b, accum, c } = product;
+            let beta = if accum == Accum::Add { 1.0 } else { 0.0 };
+            // SAFETY: the caller's promise is the callee's condition
+            unsafe { matrixmultiply::$gemm(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, beta, c.0, c.1, 1) }
+        }
+    };
+}
+library!(portable_sgemm, f32, sgemm);
+library!(dgemm, f64, dgemm);
+
+/// The loops over blocks. `H`: tile height.
+///
+/// # Safety
+/// As [`sgemm`].
+#[inline(always)]
+unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
+    let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row) } =
+        product;
+    let width = VECTORS * S::F32_LANES;
+    // blocks of k of nearly one size, whatever m and n are: the sums must not depend on how C is cut
+    let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
+    // a transposed A that few panels read is not worth a copy
+    let copy_a = a_col != 1 && n > 2 * width;
+    let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
+    // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, NC)
+    unsafe {
+        for j0 in (0..n).step_by(NC) {
+            let nc = NC.min(n - j0);
+            for p0 in (0..k.max(1)).step_by(k_step) {
+                let kc = k_step.min(k - p0);
+                let accum = if p0 > 0 { Accum::Add } else { accum };
+                for j in (0..nc).step_by(width) {
+                    let from = b.offset(p0 as isize * b_row + (j0 + j) as isize * b_col);
+                    pack_b::<S>(kc, width.min(nc - j), from, b_row, b_col, b_packed.add(j * kc));
+                }
+                for i0 in (0..m).step_by(MC) {
+                    let mc = MC.min(m - i0);
+                    let block = (a.offset(i0 as isize * a_row + p0 as isize * a_col), a_row, a_col);
+                    if copy_a {
+                        pack_a::<H>(kc, mc, block, a_packed);
+                    }
+                    for j in (0..nc).step_by(width) {
+                        let (panel, cols) = (b_packed.add(j * kc), width.min(nc - j));
+                        let mut i = 0;
+                        while i < mc {
+                            let h = height::<H>(mc - i);
+                            let rows = if copy_a {
+                                (a_packed.add(i * kc).cast_const(), 1, h as isize)
+                            } else {
+                                (block.0.offset(i as isize * a_row), a_row, a_col)
+                            };
+                            let c = (c.offset((i0 + i) as isize * c_row + (j0 + j) as isize), c_row);
+                            match h {
+                                8 => tile::<S, 8>(simd, kc, rows, panel, accum, c, cols),
+                                4 => tile::<S, 4>(simd, kc, rows, panel, accum, c, cols),
+                                2 => tile::<S, 2>(simd, kc, rows, panel, accum, c, cols),
+                                1 => tile::<S, 1>(simd, kc, rows, panel, accum, c, cols),
+                                _ => tile::<S, H>(simd, kc, rows, panel, accum, c, cols),
+                            }
+                            i += h;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The height of the next tile, `left` rows before the end of a block.
+#[inline(always)]
+fn height<const H: usize>(left: usize) -> usize {
+    [H, 8, 4, 2, 1].into_iter().find(|&h| h <= left.min(H)).unwrap_or(1)
+}
+
+/// Copies `kc` rows and `cols` columns of B to a panel [kc, width], with zeros in the columns that are missing.
+///
+/// # Safety
+/// B must have these elements, and the panel room for `kc` rows.
+#[inline(always)]
+unsafe fn pack_b<S: Simd>(
+    kc: usize,
+    cols: usize,
+    b: *const f32,
+    b_row: isize,
+    b_col: isize,
+    panel: *mut f32,
+) {
+    let width = VECTORS * S::F32_LANES;
+    // SAFETY: the caller's promise; `p` < kc and `j` < cols
+    unsafe {
+        if cols < width {
+            for p in 0..kc {
+                for j in 0..width {
+                    let x = if j < cols { *b.offset(p as isize * b_row + j as isize * b_col) } else { 0.0 };
+                    *panel.add(p * width + j) = x;
+                }
+            }
+        } else if b_col == 1 {
+            for p in 0..kc {
+                let from = b.offset(p as isize * b_row).cast::<[S::f32s; VECTORS]>();
+                panel.add(p * width).cast::<[S::f32s; VECTORS]>().write_unaligned(from.read_unaligned());
+            }
+        } else {
+            // 4×4 at a time, which the compiler turns into shuffles of registers
+            let whole = if b_row == 1 { kc - kc % 4 } else { 0 };
+            for p in (0..whole).step_by(4) {
+                for j in (0..width).step_by(4) {
+                    let mut x = [[0.0f32; 4]; 4];
+                    for (i, x) in x.iter_mut().enumerate() {
+                        *x = b
+                            .offset(p as isize + (j + i) as isize * b_col)
+                            .cast::<[f32; 4]>()
+                            .read_unaligned();
+                    }
+                    for i in 0..4 {
+                        let y = [x[0][i], x[1][i], x[2][i], x[3][i]];
+                        panel.add((p + i) * width + j).cast::<[f32; 4]>().write_unaligned(y);
+                    }
+                }
+            }
+            for p in whole..kc {
+                for j in 0..width {
+                    *panel.add(p * width + j) = *b.offset(p as isize * b_row + j as isize * b_col);
+                }
+            }
+        }
+    }
+}
+
+/// Copies a block of A [mc, kc] whose columns are contiguous, tile by tile, each as [kc, height].
+///
+/// # Safety
+/// A must have these elements, and `packed` room for them.
+#[inline(always)]
+unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, isize), packed: *mut f32) {
+    let (a, a_row, a_col) = a;
+    // SAFETY: the caller's promise; i + h ≤ mc and p < kc
+    unsafe {
+        let whole = if a_row == 1 { mc - mc % H } else { 0 };
+        for p in 0..kc {
+            for i in (0..whole).step_by(H) {
+                let column = a.offset(i as isize + p as isize * a_col).cast::<[f32; H]>();
+                packed.add(i * kc + p * H).cast::<[f32; H]>().write_unaligned(column.read_unaligned());
+            }
+        }
+        let mut i = whole;
+        while i < mc {
+            let h = height::<H>(mc - i);
+            for p in 0..kc {
+                for r in 0..h {
+                    *packed.add(i * kc + p * h + r) =
+                        *a.offset((i + r) as isize * a_row + p as isize * a_col);
+                }
+            }
+            i += h;
+        }
+    }
+}
+
+/// `H` rows of C, `cols` of them wide, at most that of a panel.
+///
+/// # Safety
+/// A must have `H` rows and `kc` columns, the panel `kc` rows, C `H` rows and `cols` columns.
+#[inline(always)]
+unsafe fn tile<S: Simd, const H: usize>(
+    simd: S,
+    kc: usize,
+    (a, a_row, a_col): (*const f32, isize, isize),
+    panel: *const f32,
+    accum: Accum,
+    (c, c_row): (*mut f32, isize),
+    cols: usize,
+) {
+    let width = VECTORS * S::F32_LANES;
+    let zero = simd.splat_f32s(0.0);
+    let mut sums = [[zero; VECTORS]; H];
+    let mut rows = [a; H];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = a.wrapping_offset(i as isize * a_row);
+    }
+    // SAFETY: the caller's promise
+    unsafe {
+        for p in 0..kc {
+            let b = panel.add(p * width).cast::<[S::f32s; VECTORS]>().read_unaligned();
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                let a = simd.splat_f32s(*row.offset(p as isize * a_col));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = simd.mul_add_f32s(a, b, *sum);
+                }
+            }
+        }
+        if cols == width {
+            for (i, sums) in sums.into_iter().enumerate() {
+                let c = c.offset(i as isize * c_row).cast::<[S::f32s; VECTORS]>();
+                let mut y = sums;
+                if accum == Accum::Add {
+                    for (y, c) in y.iter_mut().zip(c.read_unaligned()) {
+                        *y = simd.add_f32s(c, *y);
+                    }
+                }
+                c.write_unaligned(y);
+            }
+        } else {
+            // a copy: were the sums themselves read by address, they would not be kept in registers above
+            let copy = sums;
+            let copy = (&raw const copy).cast::<f32>();
+            for i in 0..H {
+                for j in 0..cols {
+                    let (c, sum) = (c.offset(i as isize * c_row + j as isize), *copy.add(i * width + j));
+                    *c = if accum == Accum::Add { *c + sum } else { sum };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes around the edges of tiles and of blocks.
+    #[test]
+    fn agrees_with_the_sum_in_f64() {
+        let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 7) % 2048) as f32 / 1024.0 - 1.0;
+        let mut case = 0;
+        for m in [1, 5, 11, 12, 13, 120, 121, 133] {
+            for k in [0, 1, 7, 8, 33, 256, 257, 515] {
+                for n in [1, 15, 16, 31, 32, 33, 70, 1030] {
+                    case += 1;
+                    if m * k * n > 5_000_000 && case % 8 != 0 {
+                        continue;
+                    }
+                    let (ta, tb, add) = (case & 1 == 1, case & 2 == 2, case & 4 == 4);
+                    let a: Vec<f32> = (0..m * k).map(value).collect();
+                    let b: Vec<f32> = (0..k * n).map(|i| value(i + 12_345)).collect();
+                    let start: Vec<f32> = (0..m * n).map(|i| value(i + 54_321)).collect();
+                    let mut c = start.clone();
+                    let at = |t: bool, rows: usize, cols: usize| {
+                        if t { [1, rows as isize] } else { [cols as isize, 1] }
+                    };
+                    let ([ar, ac], [br, bc]) = (at(ta, m, k), at(tb, k, n));
+                    let accum = if add { Accum::Add } else { Accum::Replace };
+                    // SAFETY: the strides are those of the vectors' sizes
+                    unsafe {
+                        sgemm(Product {
+                            sizes: [m, k, n],
+                            a: (a.as_ptr(), ar, ac),
+                            b: (b.as_ptr(), br, bc),
+                            accum,
+                            c: (c.as_mut_ptr(), n as isize),
+                        });
+                    }
+                    for i in 0..m {
+                        for j in 0..n {
+                            let term = |p: usize| {
+                                let a = a[(i as isize * ar + p as isize * ac) as usize] as f64;
+                                a * b[(p as isize * br + j as isize * bc) as usize] as f64
+                            };
+                            let before = if add { start[i * n + j] as f64 } else { 0.0 };
+                            let want = before + (0..k).map(term).sum::<f64>();
+                            let size = 1.0 + (0..k).map(|p| term(p).abs()).sum::<f64>();
+                            // each of at most k + 2 roundings is off by half an ulp of the sum of magnitudes, at worst
+                            let tolerance = (k + 2) as f64 * 6e-8 * size;
+                            let got = c[i * n + j] as f64;
+                            assert!(
+                                (got - want).abs() <= tolerance,
+                                "{m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
