@@ -69,16 +69,16 @@ pub(super) fn balance_all<B: Backend>(
     let [first, second] = with;
     for (i, pair) in pairs.iter_mut().enumerate() {
         let Some(balanced) = Balanced::new(pair) else { continue };
-        if let Some(eta) = limit {
-            let change = balanced.moved(pair);
-            if change > 0.5 * eta[i] {
-                continue;
-            }
-            moved[i] = change;
+        let change = limit.map_or(0.0, |_| balanced.moved(pair));
+        if limit.is_some_and(|eta| change > 0.5 * eta[i]) {
+            continue;
         }
-        first[i] = balanced.carry(&first[i]);
-        second[i] = balanced.carry(&second[i]);
-        *pair = balanced.pair;
+        let carried = [balanced.carry(&first[i]), balanced.carry(&second[i])];
+        if !carried.iter().all(|p| p.a.is_finite() && p.b.is_finite()) {
+            continue; // a skew of many decades: they would overflow
+        }
+        [first[i], second[i]] = carried;
+        (*pair, moved[i]) = (balanced.pair, change);
     }
     moved
 }

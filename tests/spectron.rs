@@ -78,7 +78,8 @@ fn check_orthogonaliser<T: Scalar>(
     let mut values: Vec<f64> = singular_values(&exact).iter().map(|s| map(s / norm).abs()).collect();
     values.sort_by(|a, b| b.total_cmp(a));
     for (got, want) in singular_values(&output).iter().zip(&values) {
-        assert!((got - want).abs() <= error + 1e-12, "a singular value is {got}, not {want}");
+        // the steepest map multiplies the oracle's 1e-14 by 3e4
+        assert!((got - want).abs() <= error + 1e-9, "a singular value is {got}, not {want}");
     }
     error / unit::<T>()
 }
