@@ -4,7 +4,7 @@
 
 use super::momentum::{each_shape, factors, factors_mut, momentum, named};
 use super::optimizer::{Rule, State};
-use super::{FactorPair, NewtonSchulz, newton_schulz};
+use super::{FactorPair, Orthogonaliser};
 use crate::tensor::{Backend, Scalar, Tensor};
 use nalgebra::{DMatrix, SymmetricEigen};
 use rayon::prelude::*;
@@ -24,7 +24,8 @@ pub struct LoraMuon<B: Backend> {
     pub nesterov: bool,
     /// λ: each factor shrinks by √(1 − ηλ), W by 1 − ηλ.
     pub weight_decay: f64,
-    pub newton_schulz: NewtonSchulz,
+    /// How msign is evaluated.
+    pub orthogonaliser: Orthogonaliser,
     momentum: Vec<FactorPair<B>>,
 }
 
@@ -35,7 +36,7 @@ impl<B: Backend> LoraMuon<B> {
             beta: 0.95,
             nesterov: false,
             weight_decay: 0.0,
-            newton_schulz: NewtonSchulz::default(),
+            orthogonaliser: Orthogonaliser::default(),
             momentum: pairs.iter().map(FactorPair::zeros_like).collect(),
         }
     }
@@ -65,9 +66,8 @@ impl<B: Backend> Rule<B, FactorPair<B>> for LoraMuon<B> {
         let roots: Vec<_> = factors(pairs).par_iter().map(|x| inverse_root(x)).collect(); // [r, r]
         let whitened = directions.iter().enumerate().map(|(i, m)| m.matmul(&roots[i ^ 1])); // [rows, r]
         let whitened: Vec<_> = whitened.collect();
-        let signs = each_shape(&whitened.iter().collect::<Vec<_>>(), |batch| {
-            newton_schulz(batch, self.newton_schulz)
-        });
+        let signs =
+            each_shape(&whitened.iter().collect::<Vec<_>>(), |batch| self.orthogonaliser.apply(batch));
         for (i, x) in factors_mut(pairs).into_iter().enumerate() {
             let eta = eta[i / 2];
             let step = signs[i].matmul(&roots[i ^ 1]); // [rows, r]

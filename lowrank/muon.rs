@@ -5,7 +5,7 @@
 
 use super::momentum::{each_shape, factors, factors_mut, momentum, named};
 use super::optimizer::{Rule, State};
-use super::{FactorPair, NewtonSchulz, newton_schulz};
+use super::{FactorPair, Orthogonaliser};
 use crate::tensor::{Backend, Tensor};
 
 /// A factor on the update of a matrix, by its shape.
@@ -36,7 +36,7 @@ pub struct Muon<B: Backend> {
     pub nesterov: bool,
     /// λ: decoupled decay, as in AdamW.
     pub weight_decay: f64,
-    pub newton_schulz: NewtonSchulz,
+    pub orthogonaliser: Orthogonaliser,
     pub scale: MuonScale,
     momentum: Vec<Tensor<B>>,
 }
@@ -51,7 +51,7 @@ impl<B: Backend> Muon<B> {
             beta: 0.95,
             nesterov: false,
             weight_decay: 0.0,
-            newton_schulz: NewtonSchulz::default(),
+            orthogonaliser: Orthogonaliser::default(),
             scale: MuonScale::One,
             momentum: matrices.into_iter().map(Tensor::zeros_like).collect(),
         }
@@ -71,7 +71,7 @@ impl<B: Backend> Muon<B> {
     ) {
         let directions = momentum(&mut self.momentum, grads, self.beta, self.nesterov);
         let directions: Vec<_> = directions.iter().collect();
-        let orthogonal = each_shape(&directions, |batch| newton_schulz(batch, self.newton_schulz));
+        let orthogonal = each_shape(&directions, |batch| self.orthogonaliser.apply(batch));
         for (i, (x, o)) in matrices.into_iter().zip(&orthogonal).enumerate() {
             let (eta, shrink) = rate(i);
             x.axpby(-eta * self.scale.factor(x.rows(), x.cols()), o, shrink);

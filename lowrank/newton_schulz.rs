@@ -43,10 +43,10 @@ impl NewtonSchulz {
     /// A proven bound of every singular value that the steps can produce from [0, 1], in exact arithmetic; infinite if the
     /// coefficients diverge. With the default: 1.20237, at the first step, and no more from there on.
     pub fn norm_bound(&self) -> f64 {
-        norm_bound(&self.schedule())
+        bounds(&self.schedule()).0
     }
 
-    fn schedule(&self) -> Vec<[f64; 3]> {
+    pub(super) fn schedule(&self) -> Vec<[f64; 3]> {
         vec![self.coefficients; self.steps]
     }
 }
@@ -56,16 +56,23 @@ pub(super) fn odd_quintic([a, b, c]: [f64; 3], x: f64) -> f64 {
     x * (a + x * x * (b + x * x * c))
 }
 
-/// Bounds |x| after one p after the other, from x in [0, 1]: each sends [0, s] into [0, max |p|], and |p| is largest at s or
-/// where p'(x) = a + 3bx² + 5cx⁴ = 0.
-pub(super) fn norm_bound(schedule: &[[f64; 3]]) -> f64 {
-    schedule.iter().fold(1.0, |s, &[a, b, c]| {
+/// Bounds what one p after the other does to [0, 1], in exact arithmetic: |x| at the end, and the derivative of x at the end
+/// by x at the start. Each p sends [0, s] into [0, max |p|], and |p| is largest at s or where p'(x) = a + 3bx² + 5cx⁴ = 0;
+/// |p'| at 0, at s, or where p''(x) = 6bx + 20cx³ = 0.
+pub(super) fn bounds(schedule: &[[f64; 3]]) -> (f64, f64) {
+    schedule.iter().fold((1.0, 1.0), |(s, slope), &[a, b, c]| {
         let root = (9.0 * b * b - 20.0 * a * c).sqrt(); // NaN: p is monotone
         let quadratic = [(-3.0 * b + root) / (10.0 * c), (-3.0 * b - root) / (10.0 * c)];
         let linear = [-a / (3.0 * b), f64::NAN]; // c = 0
         let stationary = if c == 0.0 { linear } else { quadratic }.map(f64::sqrt);
-        let inside = stationary.into_iter().filter(|x| (0.0..s).contains(x));
-        inside.chain([s]).map(|x| odd_quintic([a, b, c], x).abs()).fold(0.0, f64::max)
+        let inflection = (-0.3 * b / c).sqrt();
+        let largest = |f: &dyn Fn(f64) -> f64, at: &[f64]| -> f64 {
+            let inside = at.iter().filter(|x| (0.0..s).contains(*x)).chain([&0.0, &s]);
+            inside.map(|&x| f(x).abs()).fold(0.0, f64::max)
+        };
+        let derivative = |x: f64| a + x * x * (3.0 * b + x * x * 5.0 * c);
+        let steepest = largest(&derivative, &[inflection]);
+        (largest(&|x| odd_quintic([a, b, c], x), &stationary), slope * steepest)
     })
 }
 
@@ -113,7 +120,6 @@ fn groups<'a>(mut schedule: &'a [[f64; 3]], space: Space, p: usize, q: usize) ->
     if flops_of(&groups, p, q) < flops_of(&each, p, q) { groups } else { each }
 }
 
-#[allow(dead_code)]
 /// FLOPs of one matrix [p, q]: norm and scaling 3pq; per group the Gram matrix and the product back, 2pqr each; per step G²
 /// 2r³ and aI + bG + cG² 3r² + r; per step but the first of a group P·Q 2r³, and as often G·Q·Q 4r³.
 pub(super) fn flops(schedule: &[[f64; 3]], space: Space, p: usize, q: usize) -> f64 {

@@ -1,6 +1,6 @@
 //! One optimizer for a whole model: each kind of parameter goes to its own rule, by type.
 
-use super::{AdamW, FactorPair, Params, Spectron, StepReport, Values};
+use super::{AdamW, FactorPair, Params, Spectron, Values};
 use crate::tensor::{Backend, Tensor};
 
 /// The tensors that a rule must save to continue bit-identically, by name.
@@ -20,6 +20,18 @@ pub trait Rule<B: Backend, P>: Send {
     fn reports(&self) -> &[StepReport] {
         &[]
     }
+}
+
+/// What the last step did to one pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Spectral norms before the step: estimates from below, or, certified, bounds from above.
+    pub sigma_a: f64,
+    pub sigma_b: f64,
+    /// The radius.
+    pub rho: f64,
+    /// The factor on W by weight decay, 1 − ηλ (or nearer to 1 where `certify` lowers it).
+    pub shrink: f64,
 }
 
 /// The rules of a model, one per kind of parameter.

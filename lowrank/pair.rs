@@ -17,21 +17,6 @@ pub struct FactorPair<B: Backend> {
     pub b: Tensor<B>,
 }
 
-/// What a factor pair costs against the dense matrix. FLOPs count a multiply-add as two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Costs {
-    /// r·(m + n).
-    pub parameters: usize,
-    /// m·n.
-    pub dense_parameters: usize,
-    /// 2·r·(m + n): one row through (x·B)·Aᵀ.
-    pub flops_per_row: usize,
-    /// 2·m·n: one row through x·Wᵀ.
-    pub dense_flops_per_row: usize,
-    /// 2·m·n·r: forming W once.
-    pub merge_flops: usize,
-}
-
 impl<B: Backend> FactorPair<B> {
     /// The pair of A [m, r] and B [n, r].
     ///
@@ -78,21 +63,26 @@ impl<B: Backend> FactorPair<B> {
     }
 
     /// W − W', the change since `before`, as a pair of rank 2r: ΔA·B'ᵀ + A·ΔBᵀ = [ΔA, A]·[B', ΔB]ᵀ. Neither matrix is
-    /// formed, and nothing cancels, however small the change.
+    /// formed, and nothing cancels, however small the change (after a jump of the gauge, A and B themselves are far from A', B').
     ///
     /// # Panics
     /// If the shapes differ.
     #[track_caller]
     pub fn change_since(&self, before: &Self) -> Self {
+        let (da, db) = (self.a.sub(&before.a), self.b.sub(&before.b)); // [m, r], [n, r]
+        Self::new(da, before.b.clone()).beside(&Self::new(self.a.clone(), db)) // [m, 2r], [n, 2r]
+    }
+
+    /// The sum of two matrices W, as the pair of their factors side by side.
+    pub(super) fn beside(&self, other: &Self) -> Self {
         let beside = |x: &Tensor<B>, y: &Tensor<B>| {
-            let r = x.cols();
-            let mut both = Tensor::scratch(x.device(), [x.rows(), 2 * r]); // [rows, 2r]
+            let (r, s) = (x.cols(), y.cols());
+            let mut both = Tensor::scratch(x.device(), [x.rows(), r + s]); // [rows, r + s]
             B::copy_cols(x, 0, &mut both, 0, r);
-            B::copy_cols(y, 0, &mut both, r, r);
+            B::copy_cols(y, 0, &mut both, r, s);
             both
         };
-        let (da, db) = (self.a.sub(&before.a), self.b.sub(&before.b)); // [m, r], [n, r]
-        Self { a: beside(&da, &self.a), b: beside(&before.b, &db) }
+        Self { a: beside(&self.a, &other.a), b: beside(&self.b, &other.b) }
     }
 
     /// σ(W), the spectral norm, from an f64 decomposition of the factors.
@@ -130,7 +120,7 @@ impl<B: Backend> FactorPair<B> {
         let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * sigma[j].sqrt());
         let b = DMatrix::from_fn(n, r, |i, j| v[(i, j)] * sigma[j].sqrt());
         let dropped: f64 = sigma.iter().skip(r).map(|s| s * s).sum();
-        (Self::from_nalgebra(w.device(), &a, &b), dropped.sqrt())
+        (Self::new(from_nalgebra(w.device(), &a), from_nalgebra(w.device(), &b)), dropped.sqrt())
     }
 
     /// The same W with AᵀA = BᵀB (= Σ), so that both factors have W's singular values' square roots.
@@ -145,7 +135,8 @@ impl<B: Backend> FactorPair<B> {
         let r = self.rank();
         let widen = |x: DMatrix<f64>| x.resize_horizontally(r, 0.0);
         let (a, b) = (widen(qa * u * &root), widen(qb * v * root));
-        Self::from_nalgebra(self.a.device(), &a, &b)
+        let device = self.a.device();
+        Self::new(from_nalgebra(device, &a), from_nalgebra(device, &b)) // [m, r], [n, r]
     }
 
     /// ‖AᵀA − BᵀB‖_F: zero if the pair is balanced. Unlike W, it changes with the gauge.
@@ -159,17 +150,30 @@ impl<B: Backend> FactorPair<B> {
         let r = |x: &Tensor<B>| to_nalgebra(x).qr().r();
         svd(&(r(&self.a) * r(&self.b).transpose())).1
     }
+}
 
-    fn from_nalgebra(device: &B, a: &DMatrix<f64>, b: &DMatrix<f64>) -> Self {
-        let tensor = |x: &DMatrix<f64>| {
-            let (rows, cols) = x.shape();
-            Tensor::from_fn(device, [rows, cols], |i| B::Elem::of(x[(i / cols, i % cols)]))
-        };
-        Self::new(tensor(a), tensor(b)) // [m, r], [n, r]
-    }
+/// A matrix as a tensor.
+pub(super) fn from_nalgebra<B: Backend>(device: &B, x: &DMatrix<f64>) -> Tensor<B> {
+    let (rows, cols) = x.shape();
+    Tensor::from_fn(device, [rows, cols], |i| B::Elem::of(x[(i / cols, i % cols)])) // [rows, cols]
 }
 
 /// A matrix as nalgebra's, in f64.
 pub(super) fn to_nalgebra<B: Backend>(x: &Tensor<B>) -> DMatrix<f64> {
     DMatrix::from_row_slice(x.rows(), x.cols(), &x.to_f64())
+}
+
+/// What a factor pair costs against the dense matrix. FLOPs count a multiply-add as two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Costs {
+    /// r·(m + n).
+    pub parameters: usize,
+    /// m·n.
+    pub dense_parameters: usize,
+    /// 2·r·(m + n): one row through (x·B)·Aᵀ.
+    pub flops_per_row: usize,
+    /// 2·m·n: one row through x·Wᵀ.
+    pub dense_flops_per_row: usize,
+    /// 2·m·n·r: forming W once.
+    pub merge_flops: usize,
 }

@@ -10,8 +10,8 @@ use common::{config, gaussian, matrix, orthonormal, rng, spectrum, tensor, with_
 use nalgebra::DMatrix;
 use proptest::prelude::*;
 use rankgrad::lowrank::{
-    FactorPair, NewtonSchulz, Radius, Rule, Spectron, SpectronConfig, certify_spectral_norm, exact_radius,
-    spectral_norm_estimate, spectral_norm_upper_bound, update_radius,
+    FactorPair, NewtonSchulz, Orthogonaliser, Radius, Rule, Space, Spectron, SpectronConfig,
+    certify_spectral_norm, exact_radius, spectral_norm_estimate, spectral_norm_upper_bound, update_radius,
 };
 use rankgrad::tensor::{Cpu, Scalar};
 
@@ -32,6 +32,9 @@ struct Case {
     eta: f64,
     decay: f64,
     radius: Radius,
+    how: Orthogonaliser,
+    nesterov: bool,
+    balance_every: u64,
     seed: u64,
 }
 
@@ -41,6 +44,16 @@ fn gradient_spectrum(r: usize) -> impl Strategy<Value = Vec<f64>> {
     let peak = (0..r).map(|i| if i < 3 { 0.5545 } else { 0.0 }).collect();
     let one = (0..r).map(|i| if i == 0 { 1.0 } else { 0.0 }).collect();
     prop_oneof![3 => spectrum(r), 1 => Just(vec![1.0; r]), 1 => Just(peak), 1 => Just::<Vec<f64>>(one)]
+}
+
+fn orthogonaliser() -> impl Strategy<Value = Orthogonaliser> {
+    let space = prop_oneof![Just(Space::Plain), Just(Space::Gram)];
+    (space, 1..7usize, 0..6u8).prop_map(|(space, steps, which)| match which {
+        0..3 => Orthogonaliser::NewtonSchulz(NewtonSchulz { space, ..Default::default() }),
+        3 => Orthogonaliser::NewtonSchulz(NewtonSchulz { coefficients: [1.5, -0.5, 0.0], steps, space }),
+        4 => Orthogonaliser::PolarExpress { steps, space },
+        _ => Orthogonaliser::PolarFactor,
+    })
 }
 
 fn case() -> impl Strategy<Value = Case> {
@@ -55,19 +68,26 @@ fn case() -> impl Strategy<Value = Case> {
         let decay = prop_oneof![2 => Just(0.0), 1 => Just(0.1), 1 => Just(100.0)];
         let radius = prop_oneof![Just(Radius::Paper), Just(Radius::Exact)];
         let spectra = (spectrum(r), spectrum(r), gradient_spectrum(r));
-        (spectra, scale, gauge, gradient, -5.0..0.5f64, decay, radius, any::<u64>()).prop_map(
-            move |((a, b, g), scale, gauge, gradient, eta, decay, radius, seed)| Case {
-                m,
-                n,
-                r,
-                spectra: [a, b, g],
-                scale,
-                gauge,
-                gradient,
-                eta: 10f64.powf(eta),
-                decay,
-                radius,
-                seed,
+        let settings = (decay, radius, orthogonaliser(), any::<bool>(), 0..4u64);
+        (spectra, scale, gauge, gradient, -5.0..0.5f64, settings, any::<u64>()).prop_map(
+            move |((a, b, g), scale, gauge, gradient, eta, settings, seed)| {
+                let (decay, radius, how, nesterov, balance_every) = settings;
+                Case {
+                    m,
+                    n,
+                    r,
+                    spectra: [a, b, g],
+                    scale,
+                    gauge,
+                    gradient,
+                    eta: 10f64.powf(eta),
+                    decay,
+                    radius,
+                    how,
+                    nesterov,
+                    balance_every,
+                    seed,
+                }
             },
         )
     })
@@ -95,13 +115,21 @@ fn norm(x: &DMatrix<f64>) -> f64 {
 
 /// Runs some steps; the largest ‖W⁺ − W‖₂/η, and whether W moved at all.
 fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
-    let Case { m, n, r, spectra: [a, b, g], scale, gauge, gradient, eta, decay, radius, seed } = case;
+    let Case { m, n, r, spectra: [a, b, g], scale, gauge, gradient, eta, seed, .. } = case;
     let mut rng = rng(*seed);
     let (size_a, size_b) = (10f64.powf(scale + gauge), 10f64.powf(scale - gauge));
     let a = with_spectrum(&mut rng, *m, *r, a) * size_a;
     let b = with_spectrum(&mut rng, *n, *r, b) * size_b;
     let mut pairs = vec![FactorPair::<Cpu<T>>::new(tensor(&a), tensor(&b))];
-    let settings = SpectronConfig { weight_decay: *decay, radius: *radius, certify, ..Default::default() };
+    let settings = SpectronConfig {
+        weight_decay: case.decay,
+        radius: case.radius,
+        orthogonaliser: case.how,
+        nesterov: case.nesterov,
+        balance_every: case.balance_every,
+        certify,
+        ..Default::default()
+    };
     let mut spectron = Spectron::with(settings, &pairs);
     let (mut worst, mut moved) = (0.0f64, false);
     for t in 1..=12 {
@@ -116,9 +144,11 @@ fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
         let dw = da * matrix(&before.b).transpose() + matrix(&pairs[0].a) * db.transpose(); // [m, n]
         let norm = norm(&dw);
         assert!(norm.is_finite());
-        // the library's own telemetry sees the same
-        let own = pairs[0].change_since(&before).spectral_norm();
-        assert!((own - norm).abs() <= 1e-5 * norm.max(*eta), "{own} {norm}");
+        // the library's own telemetry sees the same, where the gauge has not jumped
+        if case.balance_every == 0 || !t.is_multiple_of(case.balance_every) {
+            let own = pairs[0].change_since(&before).spectral_norm();
+            assert!((own - norm).abs() <= 1e-5 * norm.max(*eta), "{own} {norm}");
+        }
         worst = worst.max(norm / eta);
         moved |= norm > 0.0;
     }
@@ -150,7 +180,7 @@ proptest! {
         prop_assume!(sigma > 0.0);
         let bound = spectral_norm_upper_bound(&w);
         prop_assert!(bound >= sigma * (1.0 - 1e-9), "{bound} < {sigma}");
-        prop_assert!(bound <= sigma * 1.004, "{bound} is far above {sigma}");
+        prop_assert!(bound <= sigma * 1.005, "{bound} is far above {sigma}");
         prop_assert!(certify_spectral_norm(&w, sigma * (1.0 + 1e-8)));
         prop_assert!(!certify_spectral_norm(&w, sigma * (1.0 - 1e-8)));
         let estimate = spectral_norm_estimate(&w, 20);
@@ -203,15 +233,46 @@ fn corners_of_the_certificate() {
     assert!((1.0..1.004).contains(&bound), "{bound}");
 }
 
+/// The bound at the size of a layer, where Lanczos's iteration is far shorter than the matrix is wide.
+#[test]
+fn upper_bounds_are_sharp_at_the_size_of_a_layer() {
+    let mut rng = rng(3);
+    let r = 96;
+    let flat: Vec<f64> = (0..r).map(|i| 1.0 - 0.5 * i as f64 / r as f64).collect();
+    let decades: Vec<f64> = (0..r).map(|i| 10f64.powf(-(i as f64) / 12.0)).collect();
+    let crowded: Vec<f64> = (0..r).map(|i| if i < 48 { 1.0 - 1e-4 * i as f64 } else { 0.1 }).collect();
+    let near_ones: Vec<f64> = (0..r).map(|i| 1.0 - 1e-3 * (i as f64 / r as f64)).collect();
+    let draw = |sigma: &[f64], rng: &mut _| with_spectrum(rng, 384, r, sigma);
+    let mut cases: Vec<DMatrix<f64>> =
+        [flat, decades, crowded, near_ones].iter().map(|sigma| draw(sigma, &mut rng)).collect();
+    cases.extend((0..4).map(|_| gaussian(&mut rng, 384, r)));
+    cases.push(gaussian(&mut rng, 96, 96));
+    for (i, w) in cases.iter().enumerate() {
+        let w = tensor::<f32>(w); // [384, 96]
+        let ratio = spectral_norm_upper_bound(&w) / norm(&matrix(&w));
+        println!("σ bound / σ, matrix {i}: {ratio:.5}");
+        assert!((1.0 - 1e-9..1.01).contains(&ratio), "matrix {i}: {ratio}");
+    }
+}
+
 #[test]
 fn what_cannot_be_promised_is_refused() {
-    let diverging = NewtonSchulz { coefficients: [3.0, -9.0, 9.0], steps: 5, ..Default::default() };
+    let repeated = |coefficients, steps| {
+        Orthogonaliser::NewtonSchulz(NewtonSchulz { coefficients, steps, ..Default::default() })
+    };
+    let diverging = repeated([3.0, -9.0, 9.0], 5);
+    let amplifying = repeated([3.4445, -4.7750, 2.0315], 12); // rounding by 3.4445·3.96¹¹ = 1.3e7
     let build =
         |config: SpectronConfig| std::panic::catch_unwind(move || Spectron::<Cpu<f32>>::with(config, &[]));
     let certified = SpectronConfig { certify: true, ..Default::default() };
     assert!(build(certified).is_ok());
-    assert!(build(SpectronConfig { newton_schulz: diverging, ..certified }).is_err());
-    assert!(build(SpectronConfig { newton_schulz: diverging, certify: false, ..certified }).is_ok());
+    for orthogonaliser in [diverging, amplifying] {
+        assert!(build(SpectronConfig { orthogonaliser, ..certified }).is_err());
+        assert!(build(SpectronConfig { orthogonaliser, certify: false, ..certified }).is_ok());
+    }
+    // f64 has the digits for it
+    let config = SpectronConfig { orthogonaliser: amplifying, ..certified };
+    assert_eq!(Spectron::<Cpu<f64>>::with(config, &[]).config().orthogonaliser, amplifying);
     assert!(build(SpectronConfig { beta: 1.0, ..certified }).is_err());
     assert!(build(SpectronConfig { weight_decay: -0.1, ..certified }).is_err());
 }
@@ -228,6 +289,7 @@ fn the_papers_step_exceeds_its_bound() {
         if case.radius == Radius::Exact || case.decay > 0.0 || case.scale.abs() > 10.0 {
             continue;
         }
+        let case = Case { how: Orthogonaliser::default(), nesterov: false, balance_every: 0, ..case };
         let (ratio, _) = worst_ratio::<f32>(&case, false);
         worst = worst.max(ratio);
         over += usize::from(ratio > ALLOWANCE);

@@ -279,8 +279,12 @@ fn a_zero_factor_is_no_division_by_zero() {
 #[test]
 fn the_state_is_complete() {
     let start = || draw_pairs(&mut ChaCha8Rng::seed_from_u64(6));
-    let rules: [Make; 6] = [
+    let rules: [Make; 7] = [
         |p| Box::new(Spectron::new(p)),
+        |p| {
+            let settings = SpectronConfig { certify: true, balance_every: 2, ..Default::default() };
+            Box::new(Spectron::with(settings, p))
+        },
         |p| Box::new(AdamW::for_pairs(p)),
         |p| Box::new(Muon::for_pairs(p)),
         |p| Box::new(Renormalised::new(p)),

@@ -6,7 +6,7 @@
 //! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, and Nesterov's look-ahead.
 //! Letters: p × q a matrix or factor, s the smaller of both, m × n a layer's W, r rank, T context, d width.
 
-use rankgrad::lowrank::NewtonSchulz;
+use rankgrad::lowrank::{CERTIFICATE_EVERY, Orthogonaliser, upper_bound_flops};
 
 use crate::config::Config;
 use crate::guide;
@@ -93,12 +93,17 @@ pub fn momentum_only(p: usize, q: usize) -> f64 {
 
 /// Orthogonalised momentum.
 pub fn muon(p: usize, q: usize) -> f64 {
-    momentum_only(p, q) + newton_schulz(p, q)
+    momentum_only(p, q) + Orthogonaliser::default().flops(p, q)
 }
 
 /// Muon, and one step of power iteration on the factor.
 pub fn spectron(p: usize, q: usize) -> f64 {
     muon(p, q) + power_iteration(p, q, 1)
+}
+
+/// Muon, and a certificate of the factor's norm in one of so many steps.
+pub fn spectron_certified(p: usize, q: usize) -> f64 {
+    muon(p, q) + upper_bound_flops(p, q) / CERTIFICATE_EVERY as f64
 }
 
 /// Three steps of power iteration on the factor and on its momentum, which is scaled to ‖M‖_F = 1 first.
@@ -111,13 +116,6 @@ pub fn renormalised(p: usize, q: usize) -> f64 {
 pub fn lora_muon(p: usize, q: usize) -> f64 {
     let (x, r) = (p as f64, q as f64);
     muon(p, q) + 6.0 * x * r * r + 11.0 * r * r * r + r * r
-}
-
-/// Norm and scaling 3pq; per iteration the Gram matrix and the product back, 2·p·q·s each, G² 2s³, bG + cG² 3s², aX pq.
-fn newton_schulz(p: usize, q: usize) -> f64 {
-    let (pq, s) = ((p * q) as f64, p.min(q) as f64);
-    let iteration = 4.0 * pq * s + 2.0 * s * s * s + 3.0 * s * s + pq;
-    3.0 * pq + NewtonSchulz::default().steps as f64 * iteration
 }
 
 /// Wᵀu once, W·v and Wᵀu per step.
@@ -165,30 +163,39 @@ mod tests {
     }
 
     /// Spectron on the same factors. Momentum and update 6·416 = 2496. Power iteration, 3 products of 2pq: 6·416 = 2496.
-    /// Newton–Schulz, per matrix 3pq + 5·(4pq·s + 2s³ + 3s² + pq):
-    /// 8×4: 96 + 5·(512 + 128 + 48 + 32) = 3696, seven times 25,872; 12×4: 144 + 5·(768 + 128 + 48 + 48) = 5104, three times
-    /// 15,312; 4×2: 24 + 5·(64 + 16 + 12 + 8) = 524, twice 1048; 8×2: 48 + 5·(128 + 16 + 12 + 16) = 908, twice 1816; together
-    /// 44,048. The rest by AdamW: 14·2072 = 29,008. Sum 78,048.
+    /// Newton–Schulz in Gram space, [2, 3] steps: 3pq, twice 4pqs, five times 2s³ + 3s² + s, three times 6s³:
+    /// 8×4: 96 + 2·512 + 5·180 + 3·384 = 3172, seven times 22,204; 12×4: 144 + 2·768 + 900 + 1152 = 3732, three times 11,196;
+    /// 4×2: 24 + 2·64 + 5·30 + 3·48 = 446, twice 892; 8×2: 48 + 2·128 + 150 + 144 = 598, twice 1196; together 35,488.
+    /// The rest by AdamW: 14·2072 = 29,008. Sum 69,488.
     #[test]
     fn spectron_by_hand() {
         let f = step_flops(&config(Method::Spectron));
-        assert_eq!((f.forward, f.optimizer), (59_904.0, 78_048.0));
+        assert_eq!((f.forward, f.optimizer), (59_904.0, 69_488.0));
         // without power iteration; without either
-        assert_eq!(step_flops(&config(Method::MuonFactors)).optimizer, 75_552.0);
+        assert_eq!(step_flops(&config(Method::MuonFactors)).optimizer, 66_992.0);
         assert_eq!(step_flops(&config(Method::MomentumFactors)).optimizer, 31_504.0);
         // 9 per element and twice 7 products of 2pq: (9 + 28)·416 + 29,008
         assert_eq!(step_flops(&config(Method::Renormalised)).optimizer, 44_400.0);
         // beside Muon 6pq² + 11q³ + q², 8×4: 768 + 704 + 16 = 1488, 12×4: 1152 + 720 = 1872, 4×2: 96 + 88 + 4 = 188,
         // 8×2: 192 + 92 = 284: 7·1488 + 3·1872 + 2·188 + 2·284 = 16,976
-        assert_eq!(step_flops(&config(Method::LoraMuon)).optimizer, 75_552.0 + 16_976.0);
+        assert_eq!(step_flops(&config(Method::LoraMuon)).optimizer, 66_992.0 + 16_976.0);
     }
 
-    /// Muon on the whole matrices, s = min(p, q): 6·480 = 2880; Newton–Schulz 8×8: 192 + 5·(2048 + 1024 + 192 + 64) = 16,832,
-    /// twice; 4×8: 96 + 5·(512 + 128 + 48 + 32) = 3696, twice; 12×8: 288 + 5·(3072 + 1024 + 192 + 96) = 22,208, three times:
-    /// 107,680. With 29,008 for the rest 139,568.
+    /// Beside Muon, in one of 8 steps 3pq + 2pqs + s steps of Lanczos 2s³ + 4s³ + Cholesky s³/3. 8×4: 96 + 256 + 384 + 64/3,
+    /// 12×4: 144 + 384 + 384 + 64/3, 4×2: 24 + 32 + 48 + 8/3, 8×2: 48 + 64 + 48 + 8/3:
+    /// 7·736 + 3·912 + 2·104 + 2·160 + 10·64/3 + 4·8/3 = 8416 + 224.
+    #[test]
+    fn certified_spectron_by_hand() {
+        let f = step_flops(&config(Method::SpectronCertified));
+        assert!((f.optimizer - (66_992.0 + 8640.0 / 8.0)).abs() < 1e-6, "{}", f.optimizer);
+    }
+
+    /// Muon on the whole matrices, s = min(p, q): 6·480 = 2880. Newton–Schulz 8×8 as printed, which is cheaper for squares:
+    /// 192 + 5·(2048 + 1224) = 16,552, twice; 4×8 in Gram space 3172, twice; 12×8, where both cost the same,
+    /// 288 + 5·(3072 + 1224) = 21,768, three times: 104,752. With 29,008 for the rest 136,640.
     #[test]
     fn dense_muon_by_hand() {
-        assert_eq!(step_flops(&config(Method::DenseMuon)).optimizer, 139_568.0);
+        assert_eq!(step_flops(&config(Method::DenseMuon)).optimizer, 136_640.0);
     }
 
     /// The guides' products: 3·12·960 = 34,560 in a step; their AdamW 14·480 = 6720. They exist in 5 of 10 steps:

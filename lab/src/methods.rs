@@ -45,7 +45,9 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     match method {
         Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
         Method::SpectronExact => line(Factored(spectron_exact), 0.025, 4e-3, flops::spectron),
-        Method::SpectronCertified => line(Factored(spectron_certified), 0.025, 4e-3, flops::spectron),
+        Method::SpectronCertified => {
+            line(Factored(spectron_certified), 0.025, 4e-3, flops::spectron_certified)
+        }
         Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
         Method::MuonFactors => line(Factored(muon_factors), 0.02, 4e-3, flops::muon),
         Method::Renormalised => line(Factored(renormalised), 0.1, 4e-3, flops::renormalised),

@@ -1,0 +1,76 @@
+//! What makes a Spectron step certified: ‖W⁺ − W‖₂ ≤ η(1 + 1e-5), weight decay and the rounding of the factors included.
+//!
+//! Three things the paper's bound takes for granted are provided: ‖O‖ ≤ 1, σ from above, ρ ≤ 1. The bounds of σ themselves are
+//! proven in certificate.rs. Letters: as in spectron.rs; u the unit roundoff of the element type, r the rank.
+
+use super::momentum::factors;
+use super::orthogonaliser::unit_roundoff;
+use super::{FactorPair, Radius, SpectronConfig, spectral_norm_upper_bound};
+use crate::tensor::{Backend, Scalar, Tensor};
+
+/// Steps between fresh certificates of one factor. In between, a bound grows by at most ρ per step: at ρ = 0.01·σ, 8 % in 8.
+pub const CERTIFICATE_EVERY: u64 = 8;
+
+/// The bounds of all factors, and how a step keeps within them.
+pub(super) struct Certified<B: Backend> {
+    config: SpectronConfig,
+    /// ≥ σ [1], of A and of B of each pair in turn.
+    pub bounds: Vec<Tensor<B>>,
+}
+
+impl<B: Backend> Certified<B> {
+    /// # Panics
+    /// If no useful bound of ‖O‖ can be kept: the polynomials diverge, or amplify rounding to more than 10 %.
+    #[track_caller]
+    pub fn new(config: SpectronConfig, pairs: &[FactorPair<B>]) -> Self {
+        let (how, bound) = (config.orthogonaliser, config.orthogonaliser.norm_bound());
+        assert!(bound <= 100.0, "spectron: certify, but {how:?} can reach a norm of {bound:e}");
+        let rounding = how.rounding(unit_roundoff::<B>(), 1);
+        assert!(rounding <= 0.1, "spectron: certify, but rounding can move {how:?} by {rounding:e}");
+        Self { config, bounds: factors(pairs).iter().map(|x| Tensor::zeros(x.device(), [1])).collect() }
+    }
+
+    /// Upper bounds of σ of all factors, some of them certified anew: all of them at the first step and where `all` says so,
+    /// else one in [`CERTIFICATE_EVERY`].
+    pub fn upper_bounds(&mut self, pairs: &[FactorPair<B>], t: u64, all: bool) -> Vec<f64> {
+        for (i, x) in factors(pairs).into_iter().enumerate() {
+            if all || t == 1 || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
+                self.set_bound(i, spectral_norm_upper_bound(x));
+            }
+        }
+        self.bounds.iter().map(Tensor::item).collect()
+    }
+
+    /// The radius and the factor on W by weight decay, if W may move by `eta` of which `spent` is gone.
+    ///
+    /// Decay d moves W by d·σ(W) ≤ d·σ_A·σ_B: that comes out of η too, and d is lowered where it would take more than half.
+    pub fn plan(&self, eta: f64, spent: f64, sigma_a: f64, sigma_b: f64) -> (f64, f64) {
+        let left = eta - spent;
+        let decay = (eta * self.config.weight_decay).min(1.0).min(0.5 * left / (sigma_a * sigma_b));
+        let left = left - decay * sigma_a * sigma_b;
+        let rho = self.config.radius.of(left, sigma_a, sigma_b);
+        let needs_rho_below_1 = self.config.radius == Radius::Paper;
+        (if needs_rho_below_1 { rho.min(1.0) } else { rho }, 1.0 - decay)
+    }
+
+    /// Moves factor `i` against O by at most `rho` in spectral norm, and carries its bound along: σ(A⁺) ≤ σ(A) + ‖ΔA‖.
+    ///
+    /// The stored result cannot be exact: 4u(‖A‖_F + ρ√r) pays for its rounding, ‖A‖_F ≤ √r·σ(A). A factor whose ρ is less than
+    /// that stays where it is.
+    pub fn move_within(&mut self, i: usize, x: &mut Tensor<B>, o: &Tensor<B>, rho: f64, shrink: f64) {
+        let (u, r, bound) = (unit_roundoff::<B>(), x.rows().min(x.cols()), self.bounds[i].item());
+        let reach = rho - 4.0 * u * (r as f64).sqrt() * (bound + rho);
+        if reach > 0.0 {
+            let how = self.config.orthogonaliser;
+            x.axpby(-reach / (how.norm_bound() * (1.0 + how.rounding(u, r))), o, shrink);
+            self.set_bound(i, bound * shrink + rho);
+        }
+    }
+
+    /// Stores a bound, rounded up.
+    fn set_bound(&mut self, i: usize, bound: f64) {
+        let device = self.bounds[i].device().clone();
+        let up = B::Elem::of(bound * (1.0 + 4.0 * unit_roundoff::<B>()));
+        self.bounds[i] = Tensor::from_vec(&device, [1], vec![up]); // [1]
+    }
+}
