@@ -209,6 +209,9 @@ pub struct TrainingOptions {
     /// Nesterov's look-ahead on that momentum; AdamW has none
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub nesterov: Option<bool>,
+    /// Spectron's: balance every pair (AᵀA = BᵀB, W unchanged) before every so many steps; 0 = never [default: 0]
+    #[arg(long, value_name = "STEPS")]
+    pub balance_every: Option<usize>,
     /// AdamW's decay of the gradient's mean, in [0, 1) [default: 0.9]
     #[arg(long)]
     pub beta1: Option<f64>,
@@ -285,6 +288,7 @@ pub struct Config {
     pub clip: f64,
     pub momentum: f64,
     pub nesterov: bool,
+    pub balance_every: usize,
     pub beta1: f64,
     pub beta2: f64,
     /// None: a new directory under `runs/`. Not recorded, so that a run's config.toml can start another run.
@@ -405,6 +409,7 @@ impl Overrides {
             clip: t.clip.unwrap_or(1.0),
             momentum: t.momentum.unwrap_or(0.95),
             nesterov: t.nesterov.unwrap_or(false),
+            balance_every: t.balance_every.unwrap_or(0),
             beta1: t.beta1.unwrap_or(0.9),
             beta2: t.beta2.unwrap_or(0.99),
             out: t.out,

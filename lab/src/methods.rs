@@ -115,7 +115,8 @@ fn spectron_certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRu
 
 fn spectron_with<B: Backend>(c: &Config, pairs: &[FactorPair<B>], base: SpectronConfig) -> PairRule<B> {
     let Config { momentum: beta, nesterov, weight_decay, .. } = *c;
-    Box::new(Spectron::with(SpectronConfig { beta, nesterov, weight_decay, ..base }, pairs))
+    let balance_every = c.balance_every as u64;
+    Box::new(Spectron::with(SpectronConfig { beta, nesterov, weight_decay, balance_every, ..base }, pairs))
 }
 
 /// Without a scale by shape: Spectron less the renormalisation, and nothing else.

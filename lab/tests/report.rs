@@ -92,7 +92,7 @@ impl Desk {
     /// Two arms at three rates with two seeds; one run diverged. Its best rate is 0.02 in both arms.
     fn study(&self, name: &str) {
         self.write(&format!("{name}/study.toml"), "title = \"Rates & <i>arms</i>\"");
-        let mut rows = String::from("id,arm,method,lr,adam_lr,seed,val_loss,diverged_step\n");
+        let mut rows = String::from("run,arm,method,lr,adam_lr,seed,at_best,val_loss,diverged_step\n");
         for (arm, method) in [("pairs </script>", "spectron"), ("dense", "dense-muon")] {
             for (lr, val_loss) in [(0.01, 2.2), (0.02, 2.0), (0.04, 2.1)] {
                 for seed in [1, 2] {
@@ -104,7 +104,8 @@ impl Desk {
                     self.run(&format!("{name}/runs/{id}"), &settings, val_loss, Some(field));
                     let diverged = (method, lr, seed) == ("spectron", 0.04, 2);
                     let outcome = if diverged { ",170".into() } else { format!("{val_loss},") };
-                    rows += &format!("{id},{arm},{method},{lr},0.004,{seed},{outcome}\n");
+                    let best = lr == 0.02;
+                    rows += &format!("{id},{arm},{method},{lr},0.004,{seed},{best},{outcome}\n");
                 }
             }
         }
@@ -307,7 +308,7 @@ fn unusable_input_is_refused_with_a_reason() {
     desk.write("empty/metrics.jsonl", "");
     desk.write("file", "");
     desk.write("broken/study.toml", "");
-    desk.write("broken/results.csv", "arm,lr\na,0.1\n");
+    desk.write("broken/results.csv", "arm,lr,at_best\na,0.1,true\n");
     desk.run("odd", "", 2.0, None);
     let line =
         r#"{"step":1,"loss":1,"lr":1,"grad_norm":1,"tokens":1,"seconds":1,"tokens_per_second":1,"pairs":3}"#;

@@ -82,6 +82,8 @@ pub struct Trial {
     pub lr: f64,
     pub adam_lr: Option<f64>,
     pub seed: Option<String>,
+    /// At the rate that the study chose for the arm.
+    pub at_best: bool,
     /// Nats per token; absent where the run diverged.
     pub val_loss: Option<f64>,
     /// The step, where it diverged.
@@ -134,7 +136,6 @@ impl Input {
                 "{name} has no results.csv yet: its arms are not known, each run stands for itself."
             ));
         }
-        let best = best(&study.trials);
         let mut without = vec![];
         // in the order of results.csv, so that arms stand in the same order everywhere
         let trial = |id: &String| study.trials.iter().position(|t| t.run.as_ref() == Some(id));
@@ -147,7 +148,7 @@ impl Input {
             };
             if let Some(trial) = trial(id) {
                 run.arm = study.trials[trial].arm.clone();
-                run.best = best.contains(&trial);
+                run.best = study.trials[trial].at_best;
             } else if !study.trials.is_empty() {
                 run.best = false; // still running, or left over from an earlier plan
             }
@@ -336,7 +337,8 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
     let needed = |name: &str| {
         column(name).ok_or_else(|| Error::new(format!("{} has no column `{name}`", path.display())))
     };
-    let (arm, lr, val_loss) = (needed("arm")?, needed("lr")?, needed("val_loss")?);
+    let (arm, lr, at_best) = (needed("arm")?, needed("lr")?, needed("at_best")?);
+    let val_loss = needed("val_loss")?;
     let (adam_lr, seed) = (column("adam_lr"), column("seed"));
     let diverged = header.iter().position(|h| h.starts_with("diverged"));
     let mut trials = vec![];
@@ -358,27 +360,12 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
             lr: rate,
             adam_lr: adam_lr.and_then(number),
             seed: seed.and_then(text),
+            at_best: &row[at_best] == "true",
             val_loss: number(val_loss),
             diverged: diverged.and_then(text),
         });
     }
     Ok(trials)
-}
-
-/// The trials at the learning rates with the lowest mean loss of each arm. Rates at which a seed diverged count only
-/// where there are no others.
-fn best(trials: &[Trial]) -> BTreeSet<usize> {
-    let mut best: BTreeMap<&str, (bool, f64, Vec<usize>)> = BTreeMap::new();
-    for setting in settings(trials) {
-        let losses: Vec<f64> = setting.iter().filter_map(|&t| trials[t].val_loss).collect();
-        let failed = losses.len() < setting.len() || setting.iter().any(|&t| trials[t].diverged.is_some());
-        let mean = losses.iter().sum::<f64>() / losses.len() as f64; // NaN without a loss: never less
-        let held = best.entry(&trials[setting[0]].arm).or_insert((true, f64::INFINITY, vec![]));
-        if held.2.is_empty() || (failed, mean) < (held.0, held.1) {
-            *held = (failed, mean, setting);
-        }
-    }
-    best.into_values().flat_map(|(_, _, trials)| trials).collect()
 }
 
 /// The trials that differ in their seed only, as places in `trials`.
@@ -400,25 +387,6 @@ pub fn settings(trials: &[Trial]) -> Vec<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn trial(arm: &str, lr: f64, val_loss: Option<f64>) -> Trial {
-        let diverged = val_loss.is_none().then(|| "30".to_owned());
-        Trial { run: None, arm: arm.into(), lr, adam_lr: None, seed: None, val_loss, diverged }
-    }
-
-    #[test]
-    fn the_best_rate_has_the_lowest_mean_among_those_without_a_diverged_seed() {
-        let trials = [
-            trial("a", 0.1, Some(2.0)),
-            trial("a", 0.1, Some(2.2)),
-            trial("a", 0.2, Some(1.0)),
-            trial("a", 0.2, None),
-            trial("a", 0.3, Some(2.0)),
-            trial("a", 0.3, Some(2.3)),
-            trial("b", 0.1, None),
-        ];
-        assert_eq!(best(&trials).into_iter().collect::<Vec<_>>(), [0, 1, 6]);
-    }
 
     #[test]
     fn names_are_as_short_as_they_can_be() {
