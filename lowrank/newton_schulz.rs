@@ -86,7 +86,7 @@ pub(super) fn bounds(schedule: &[[f64; 3]]) -> (f64, f64) {
 /// In Gram space (Amsel et al. 2025, arXiv 2505.16932, section on rectangular matrices): X_k = X₀·P_k, where P_k and G_k are
 /// polynomials in G₀ = X₀ᵀX₀, so all of them commute, and with Q = aI + bG + cG² a step is P ← P·Q, G ← Q·G·Q. Only G₀ and
 /// the product X₀·P at the end cost p·r². Rounding errors of G grow by a² per step where singular values are small, so X is
-/// formed and G computed anew before they have grown by [`DRIFT`]: for the default steps once, after the second.
+/// formed and G computed anew before they have grown 200 times: for the default steps once, after the second.
 ///
 /// # Panics
 /// If the matrices are not of one shape.

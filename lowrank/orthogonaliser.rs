@@ -19,7 +19,7 @@ pub enum Orthogonaliser {
     /// steps are steep at 1, so that in f32 rounding can lift a matrix of rank 1 by up to 1e-3.
     PolarExpress { steps: usize, space: Space },
     /// O = U·Vᵀ itself, from an f64 SVD on the host; what is below rounding in M (max(p, q)·2⁻⁵² of its largest σ) counts as 0.
-    /// Tens of times slower: for comparison.
+    /// Slow: for comparison.
     PolarFactor,
 }
 

@@ -167,7 +167,7 @@ proptest! {
         let input = tensor::<f64>(&(w * 10f64.powi(exponent))); // [m, n]
         let got = matrix(&Orthogonaliser::PolarFactor.apply(&[&input])[0]);
         let error = (&got - u * v.transpose()).norm();
-        prop_assert!(error < ROUNDING * 10f64.powf(decades) * unit::<f64>(), "{error:e}");
+        prop_assert!(error < ROUNDING * (k as f64).sqrt() * 10f64.powf(decades) * unit::<f64>(), "{error:e}");
         let excess = spectral_norm(&got) - 1.0;
         prop_assert!(excess <= Orthogonaliser::PolarFactor.rounding(unit::<f64>(), k), "{excess:e}");
     }
@@ -186,7 +186,7 @@ proptest! {
         let r = m.nrows().min(m.ncols());
         for how in all {
             let norm = spectral_norm(&matrix(&how.apply(&[&tensor::<f64>(&m)])[0]));
-            prop_assert!(norm <= how.norm_bound() * (1.0 + how.rounding(unit::<f64>(), r)), "{how:?}: {norm}");
+            prop_assert!(norm <= how.norm_bound() * (1.0 + how.rounding(unit::<f64>(), r)) + ORACLE, "{how:?}: {norm}");
             let norm = spectral_norm(&matrix(&how.apply(&[&tensor::<f32>(&m)])[0]));
             prop_assert!(norm <= how.norm_bound() * (1.0 + how.rounding(unit::<f32>(), r)), "{how:?} in f32: {norm}");
         }
