@@ -108,6 +108,9 @@ pub struct EvalArgs {
     /// Files or directories, of whose bytes the last 10 % are evaluated [default: the data of the run]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub data: Vec<PathBuf>,
+    /// Files or directories, all of whose bytes are evaluated
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub val_data: Vec<PathBuf>,
     /// Number of batches, spread evenly over the split; 0 = the whole split
     #[arg(long, default_value_t = 0)]
     pub batches: usize,

@@ -175,6 +175,9 @@ pub struct TrainingOptions {
     /// [default: the Rust sources of crates that this program is built from]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub data: Option<Vec<PathBuf>>,
+    /// Files or directories to validate on; all of --data is then to train on [default: the last 10 % of --data]
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub val_data: Option<Vec<PathBuf>>,
     /// Optimizer steps [default: 2000]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -277,6 +280,8 @@ pub struct Config {
     pub threads: usize,
     /// Absolute paths; empty: the embedded default.
     pub data: Vec<PathBuf>,
+    /// Absolute paths; empty: the last 10 % of `data`.
+    pub val_data: Vec<PathBuf>,
     pub steps: usize,
     pub lr: f64,
     pub adam_lr: f64,
@@ -305,9 +310,10 @@ pub struct Config {
 
 /// What `--resume` lets change, because the weights at a given step do not depend on it. `data` may have moved:
 /// whoever resumes compares the corpus' hash.
-const FREE_ON_RESUME: [&str; 9] = [
+const FREE_ON_RESUME: [&str; 10] = [
     "threads",
     "data",
+    "val_data",
     "eval_every",
     "eval_batches",
     "log_every",
@@ -316,6 +322,14 @@ const FREE_ON_RESUME: [&str; 9] = [
     "checkpoint_every",
     "keep",
 ];
+
+/// The paths, whatever the current directory will be.
+///
+/// # Errors
+/// An empty path, or no current directory.
+pub fn absolute(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+    paths.iter().map(|p| std::path::absolute(p).map_err(cannot("find the data", p))).collect()
+}
 
 impl Overrides {
     /// Reads a TOML file of `key = value` lines; the keys are the long flags with `_` for `-`.
@@ -374,7 +388,6 @@ impl Overrides {
         let Entry { lr, adam_lr, .. } = entry::<Cpu<f32>>(method);
         let heads = m.heads.unwrap_or(heads);
         let steps = t.steps.unwrap_or(2000);
-        let data = t.data.unwrap_or_default();
         let config = Config {
             preset,
             method,
@@ -394,10 +407,8 @@ impl Overrides {
             accumulate: m.accumulate.unwrap_or(1),
             seed: m.seed.unwrap_or(1),
             threads: m.threads.unwrap_or(0),
-            data: data
-                .iter()
-                .map(|p| std::path::absolute(p).map_err(cannot("find the data", p)))
-                .collect::<Result<_>>()?,
+            data: absolute(t.data.unwrap_or_default())?,
+            val_data: absolute(t.val_data.unwrap_or_default())?,
             steps,
             lr: t.lr.unwrap_or(lr),
             adam_lr: t.adam_lr.unwrap_or(adam_lr),

@@ -1,4 +1,5 @@
-//! The corpus: bytes of files, each byte a token; the first 90 % are for training, the last 10 % for validation.
+//! The corpus: bytes of files, each byte a token; the first 90 % are for training, the last 10 % for validation, unless
+//! validation has files of its own.
 //!
 //! Batches are pure functions of their position (seed, step, micro-step), so a resumed run needs no saved state.
 //! Not here: any other tokenizer. A window is `context` inputs and the same shifted by one as targets.
@@ -34,6 +35,8 @@ const CRATES: [&str; 12] = [
 /// Bytes to train and to validate on.
 pub struct Corpus {
     bytes: Vec<u8>,
+    /// Where the validation part begins.
+    split: usize,
     /// What was read: files or crates, bytes, hash. One line.
     pub summary: String,
     /// SHA-256 of all bytes, in hexadecimal.
@@ -49,20 +52,31 @@ pub struct Batch {
 }
 
 impl Corpus {
-    /// Reads files and, below directories, all that is not hidden; no paths: the embedded default.
+    /// Reads files and, below directories, all that is not hidden; no `paths`: the embedded default. All of `validation`, if
+    /// there is any, is for validation, and then all of `paths` for training.
     ///
     /// # Errors
     /// A path that is missing or unreadable, an empty file, a directory without files, too few bytes for one window
     /// of `context` tokens in either part, or an embedded default that is not on this disk.
-    pub fn load(paths: &[PathBuf], context: usize) -> Result<Self> {
-        let (bytes, what) =
+    pub fn load(paths: &[PathBuf], validation: &[PathBuf], context: usize) -> Result<Self> {
+        let (mut bytes, mut what) =
             if paths.is_empty() { read_crates(&cargo_sources()?)? } else { read_paths(paths)? };
-        let sha256: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        let mut split = (bytes.len() as u64 * 9 / 10) as usize;
+        let mut parts = ["first 90 %, to train on", "last 10 %, to validate on"];
+        let mut hash = Sha256::new();
+        if !validation.is_empty() {
+            let (own, files) = read_paths(validation)?;
+            split = bytes.len();
+            parts = ["files to train on", "files of --val-data"];
+            what += &format!(", validation on {files}");
+            bytes.extend(own);
+            hash.update(split.to_le_bytes()); // the same bytes cut elsewhere are another corpus
+        }
+        hash.update(&bytes);
+        let sha256: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let summary = format!("{what}, {} bytes, sha256 {}", bytes.len(), &sha256[..16]);
-        let corpus = Corpus { bytes, summary, sha256 };
-        for (name, part) in
-            [("first 90 %, to train on", corpus.train()), ("last 10 %, to validate on", corpus.validation())]
-        {
+        let corpus = Corpus { bytes, split, summary, sha256 };
+        for (name, part) in parts.into_iter().zip([corpus.train(), corpus.validation()]) {
             if part.len() <= context {
                 return Err(Error::new(format!(
                     "data: the {name}, are {} of {} bytes, fewer than one window of context + 1 = {}; \
@@ -76,18 +90,14 @@ impl Corpus {
         Ok(corpus)
     }
 
-    /// The first 90 %.
+    /// What to train on.
     pub fn train(&self) -> &[u8] {
-        &self.bytes[..self.split()]
+        &self.bytes[..self.split]
     }
 
-    /// The last 10 %.
+    /// What to validate on.
     pub fn validation(&self) -> &[u8] {
-        &self.bytes[self.split()..]
-    }
-
-    fn split(&self) -> usize {
-        (self.bytes.len() as u64 * 9 / 10) as usize
+        &self.bytes[self.split..]
     }
 
     /// Windows at uniformly drawn positions of the training part.
@@ -231,12 +241,12 @@ mod tests {
     /// 1,000 bytes that count up.
     fn corpus() -> Corpus {
         let bytes = (0..1000).map(|i| i as u8).collect();
-        Corpus { bytes, summary: String::new(), sha256: String::new() }
+        Corpus { bytes, split: 900, summary: String::new(), sha256: String::new() }
     }
 
     fn error(paths: &[&Path], context: usize) -> String {
         let paths: Vec<PathBuf> = paths.iter().map(|p| p.to_path_buf()).collect();
-        Corpus::load(&paths, context).err().unwrap().to_string()
+        Corpus::load(&paths, &[], context).err().unwrap().to_string()
     }
 
     #[test]
@@ -247,7 +257,7 @@ mod tests {
         {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        let corpus = Corpus::load(&[dir.path().to_owned(), dir.path().join("b")], 1).unwrap();
+        let corpus = Corpus::load(&[dir.path().to_owned(), dir.path().join("b")], &[], 1).unwrap();
         assert_eq!(corpus.bytes, b"111222233333333");
         assert_eq!((corpus.train().len(), corpus.validation().len()), (13, 2));
         assert!(corpus.summary.starts_with("4 files, 15 bytes, sha256 "), "{}", corpus.summary);
@@ -266,6 +276,24 @@ mod tests {
         let message = error(&[&short], 4);
         assert!(message.contains("last 10 %, to validate on, are 1 of 10 bytes"), "{message}");
         assert!(message.contains("context + 1 = 5"), "{message}");
+    }
+
+    #[test]
+    fn validation_may_have_files_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            fs::write(dir.path().join(name), text).unwrap();
+            vec![dir.path().join(name)]
+        };
+        let (train, val, both) = (file("a", "0123456789"), file("b", "abcd"), file("c", "0123456789abcd"));
+        let corpus = Corpus::load(&train, &val, 3).unwrap();
+        assert_eq!((corpus.train(), corpus.validation()), (&b"0123456789"[..], &b"abcd"[..]));
+        assert!(corpus.summary.starts_with("1 file, validation on 1 file, 14 bytes"), "{}", corpus.summary);
+        assert_ne!(corpus.sha256, Corpus::load(&both, &[], 1).unwrap().sha256);
+        let message = Corpus::load(&train, &val, 4).err().unwrap().to_string();
+        assert!(message.contains("files of --val-data, are 4 of 14 bytes"), "{message}");
+        let message = Corpus::load(&train, &["/no/such".into()], 1).err().unwrap().to_string();
+        assert!(message.starts_with("cannot read the data /no/such: "), "{message}");
     }
 
     #[test]
@@ -309,7 +337,7 @@ mod tests {
     #[test]
     fn training_positions_cover_the_training_part() {
         let bytes: Vec<u8> = (0..20).collect(); // 18 bytes to train on: 16 windows of 2 + 1
-        let c = Corpus { bytes, summary: String::new(), sha256: String::new() };
+        let c = Corpus { bytes, split: 18, summary: String::new(), sha256: String::new() };
         let mut starts: Vec<u32> =
             c.training_batch(400, 2, 1, 0, 0).inputs.iter().step_by(2).copied().collect();
         starts.sort();

@@ -30,9 +30,12 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
     let mut config = checkpoint.meta.config.clone();
     if !args.data.is_empty() {
-        config.data = args.data.clone();
+        (config.data, config.val_data) = (args.data.clone(), vec![]);
     }
-    let corpus = Corpus::load(&config.data, config.context)?;
+    if !args.val_data.is_empty() {
+        config.val_data = args.val_data.clone();
+    }
+    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
         let mut trainer = Trainer::new(&Cpu::default(), &config);
         trainer.restore(checkpoint)?;

@@ -32,7 +32,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (saved.meta.config.resumed_with(&asked)?, Some((directory, saved)))
         }
     };
-    let corpus = Corpus::load(&config.data, config.context)?;
+    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
     let (run, saved) = match saved {
         None => (Run::create(&config)?, None),
         Some((directory, saved)) => {

@@ -18,7 +18,7 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::StudyArgs;
-use crate::config::{ModelOptions, Overrides, TrainingOptions, merge, name, table};
+use crate::config::{Config, ModelOptions, Overrides, TrainingOptions, absolute, merge, name, table};
 use crate::data::Corpus;
 use crate::error::{Error, Result, cannot, write_atomically};
 use crate::progress::catch_interrupts;
@@ -47,10 +47,9 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     let mut asked = args.asked()?;
     let threads = asked.model.threads.take().unwrap_or(1); // changes no result, so it is no setting
     let out = asked.training.out.take();
-    if let Some(data) = &mut asked.training.data {
-        for path in data {
-            *path = std::path::absolute(&path).map_err(cannot("find the data", path))?;
-        }
+    let training = &mut asked.training;
+    for data in [&mut training.data, &mut training.val_data] {
+        *data = data.take().map(absolute).transpose()?;
     }
     let recorded = match &args.resume {
         Some(_) if out.is_some() => {
@@ -70,7 +69,8 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         }
     };
     let plan = Plan::new(kind, &options, &base)?;
-    let corpus = Corpus::load(base.training.data.as_deref().unwrap_or(&[]), plan.arms[0].config.context)?;
+    let Config { data, val_data, context, .. } = &plan.arms[0].config;
+    let corpus = Corpus::load(data, val_data, *context)?;
     let settings = Settings {
         kind,
         data_sha256: corpus.sha256.clone(),
