@@ -190,6 +190,16 @@ impl<'t, B: Backend> Var<'t, B> {
     /// If the value has more than one element, or the tape was consumed before.
     #[track_caller]
     pub fn backward(self) -> Grads<B> {
+        self.backward_onto([])
+    }
+
+    /// As [`Var::backward`], on top of gradients that leaves have already: those of several batches are summed so without a pass
+    /// for it, since products add to what is there.
+    ///
+    /// # Panics
+    /// Also if a gradient has not the shape of its leaf.
+    #[track_caller]
+    pub fn backward_onto(self, before: impl IntoIterator<Item = (VarId, Tensor<B>)>) -> Grads<B> {
         let shape = self.shape();
         assert!(shape.len() == 1, "backward: the loss has shape {shape}; reduce it with sum() or mean()");
         let tape = self.tape;
@@ -202,6 +212,9 @@ impl<'t, B: Backend> Var<'t, B> {
                 wanted: nodes.iter().map(|node| node.wanted).collect(),
             }
         };
+        for (leaf, gradient) in before {
+            grads.add(leaf, gradient);
+        }
         grads.slots[self.id.0] = Some(Tensor::full(&tape.device, shape, 1.0));
         loop {
             // the borrow ends before `backward` runs, so that it may look at the tape

@@ -2,7 +2,7 @@
 //! route by type, so there are three lists and no name filters.
 
 use super::FactorPair;
-use crate::autograd::{Grads, Tape, Var};
+use crate::autograd::{Grads, Tape, Var, VarId};
 use crate::tensor::{Backend, Tensor};
 use std::ops::Index;
 
@@ -161,6 +161,15 @@ pub struct ParamVars<'t, B: Backend> {
 }
 
 impl<B: Backend> ParamVars<'_, B> {
+    /// Each gradient so far with its variable, for [`Var::backward_onto`].
+    pub fn pair_up(&self, gradients: Values<B>) -> impl Iterator<Item = (VarId, Tensor<B>)> {
+        let factors = self.pairs.iter().flat_map(|p| [p.a, p.b]);
+        let vars = factors.chain(self.hidden.iter().copied()).chain(self.dense.iter().copied());
+        let Values { pairs, hidden, dense } = gradients;
+        let gradients = pairs.into_iter().flat_map(|p| [p.a, p.b]).chain(hidden).chain(dense);
+        vars.map(Var::id).zip(gradients)
+    }
+
     /// The gradients of all parameters, in their layout; zeros for those that the loss does not reach.
     pub fn gradients(&self, mut grads: Grads<B>) -> Values<B> {
         let mut take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device());

@@ -676,6 +676,40 @@ fn a_variable_used_twice_accumulates() {
 }
 
 #[test]
+fn gradients_add_to_those_of_a_batch_before() {
+    let cpu = Cpu::<f64>::default();
+    let w = Tensor::from_fn(&cpu, [2, 3], |i| i as f64 - 2.0); // [2, 3]
+    let batch = |from: f64| Tensor::from_fn(&cpu, [4, 3], |i| from + i as f64); // [4, 3]
+    let mut before = Vec::new();
+    let mut sum = vec![0.0; 6];
+    for x in [batch(0.5), batch(-7.0)] {
+        let tape = Tape::new(&cpu);
+        let v = tape.leaf(&w);
+        let mut grads =
+            (tape.constant(&x).linear(v) * tape.constant(&x).linear(v)).sum().backward_onto(before);
+        before = vec![(v.id(), grads.take(v.id(), &cpu))];
+
+        let tape = Tape::new(&cpu);
+        let v = tape.leaf(&w);
+        let alone = (tape.constant(&x).linear(v) * tape.constant(&x).linear(v)).sum().backward();
+        let alone = alone.get(v).expect("reached").to_vec();
+        sum.iter_mut().zip(alone).for_each(|(sum, g)| *sum += g);
+    }
+    // small integers and halves: exact in whatever order they are added
+    assert_eq!(before[0].1.to_vec(), sum);
+}
+
+#[test]
+#[should_panic(expected = "gradient: [3, 2] for a variable of shape [2, 3]")]
+fn a_gradient_of_another_shape_is_refused() {
+    let cpu = Cpu::<f64>::default();
+    let tape = Tape::new(&cpu);
+    let v = tape.leaf(&Tensor::zeros(&cpu, [2, 3])); // [2, 3]
+    let wrong = Tensor::zeros(&cpu, [3, 2]); // [3, 2]
+    v.sum().backward_onto([(v.id(), wrong)]);
+}
+
+#[test]
 fn gradients_stop_at_detach() {
     let cpu = Cpu::<f64>::default();
     let tape = Tape::new(&cpu);

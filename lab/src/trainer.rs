@@ -2,9 +2,10 @@
 //!
 //! Not here: the loop around it (train.rs).
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use rankgrad::autograd::Tape;
+use rankgrad::autograd::{NonFinite, Tape};
 use rankgrad::lowrank::{
     Accuracy, AdamW, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, Values, clip_global_norm,
     matrix_telemetry, pair_telemetry,
@@ -45,6 +46,61 @@ pub struct Step {
     pub optimizer: Duration,
 }
 
+/// A batch is cut into this many lanes, which threads take whole. The number is fixed, so that the order of the sums is too.
+const LANES: usize = 2;
+
+/// Tokens that go through the model at once, if sequences are not longer: few, so that what one op writes is still in the
+/// second-level cache when the next reads it.
+const TOKENS: usize = 128;
+
+/// What sequences added: `loss` and `grads` are sums over their tokens, divided by the tokens of the whole step.
+struct Pass<B: Backend> {
+    loss: f64,
+    grads: Values<B>,
+    forward: Duration,
+    backward: Duration,
+}
+
+/// Forward and backward over some `rows` of a batch that counts for `share` of the step.
+///
+/// # Errors
+/// A loss that is not finite: the first op that was not.
+fn lane<B: Backend>(
+    device: &B,
+    model: &Model<B>,
+    params: &Params<B>,
+    batch: &Batch,
+    rows: Range<usize>,
+    share: f64,
+) -> std::result::Result<Pass<B>, Option<NonFinite>> {
+    let len = batch.inputs.len() / batch.rows;
+    let at_once = (TOKENS / len).max(1);
+    let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
+    let mut loss = 0.0;
+    let mut sum = None;
+    for row in rows.clone().step_by(at_once) {
+        let start = Instant::now();
+        let rows = row..rows.end.min(row + at_once);
+        let tokens = rows.start * len..rows.end * len;
+        let tape = Tape::new(device);
+        let w = params.on(&tape);
+        let mean = model.loss(&w, &batch.inputs[tokens.clone()], &batch.targets[tokens], rows.len()); // [1]
+        let part = mean.scale(share * rows.len() as f64 / batch.rows as f64); // [1]
+        let value = part.value().item();
+        forward += start.elapsed();
+        if !value.is_finite() {
+            return Err(tape.first_non_finite());
+        }
+        loss += value;
+
+        let start = Instant::now();
+        let before = sum.take().unwrap_or_default();
+        sum = Some(w.gradients(part.backward_onto(w.pair_up(before))));
+        backward += start.elapsed();
+    }
+    Ok(Pass { loss, grads: sum.unwrap_or_default(), forward, backward })
+}
+
 impl<B: Backend> Trainer<B> {
     /// The initial state of a run.
     pub fn new(device: &B, config: &Config) -> Self {
@@ -64,35 +120,37 @@ impl<B: Backend> Trainer<B> {
         let mut sum: Option<Values<B>> = None;
         let share = 1.0 / micro_batches.len() as f64;
         for (i, batch) in micro_batches.iter().enumerate() {
-            let start = Instant::now();
             if let Matrices::Guided { skip } = entry::<B>(self.config.method).matrices {
                 let guides = self.model.guides.len();
                 self.model.guides =
                     guide::training_weights(&self.config, skip, self.steps(), i as u64, guides);
             }
-            let tape = Tape::new(&self.device);
-            let w = self.params.on(&tape);
-            let batch_loss = self.model.loss(&w, &batch.inputs, &batch.targets, batch.rows);
-            let value = batch_loss.value().item();
-            forward += start.elapsed();
-            if !value.is_finite() {
-                return Err(self.not_finite("loss", &tape));
-            }
-            loss += share * value;
-
             let start = Instant::now();
-            let grads = w.gradients(batch_loss.backward());
-            match &mut sum {
-                Some(sum) => sum.add_scaled(1.0, &grads),
-                None => sum = Some(grads),
+            let lanes = batch.rows.min(LANES);
+            let lane = |i: usize| {
+                let rows = batch.rows * i / lanes..batch.rows * (i + 1) / lanes;
+                self::lane(&self.device, &self.model, &self.params, batch, rows, share)
+            };
+            let passes: Vec<_> = (0..lanes).into_par_iter().map(lane).collect();
+            let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);
+            for pass in passes {
+                let pass = pass.map_err(|origin| self.not_finite("loss", origin))?;
+                loss += pass.loss;
+                first += pass.forward;
+                second += pass.backward;
+                match &mut sum {
+                    Some(sum) => sum.add_scaled(1.0, &pass.grads),
+                    None => sum = Some(pass.grads),
+                }
             }
-            backward += start.elapsed();
+            // lanes run side by side: the time that went by, in the proportion of what they took
+            let wall = start.elapsed();
+            let part = wall.mul_f64(first.as_secs_f64() / (first + second).as_secs_f64());
+            forward += part;
+            backward += wall - part;
         }
         let mut grads = sum.ok_or_else(|| Error::new("a step needs at least one batch"))?;
         let start = Instant::now();
-        if micro_batches.len() > 1 {
-            grads.scale(share);
-        }
         let max_norm = if self.config.clip > 0.0 { self.config.clip } else { f64::INFINITY };
         let grad_norm = clip_global_norm(&mut grads, max_norm);
         if !grad_norm.is_finite() {
@@ -159,9 +217,9 @@ impl<B: Backend> Trainer<B> {
         self.optimizer.steps
     }
 
-    fn not_finite(&self, what: &str, tape: &Tape<B>) -> Error {
+    fn not_finite(&self, what: &str, op: Option<NonFinite>) -> Error {
         let bad = self.params.names().zip(self.params.values.tensors()).find(|(_, x)| !x.is_finite());
-        let origin = match (bad, tape.first_non_finite()) {
+        let origin = match (bad, op) {
             (Some((name, _)), _) => format!("the parameter {name}, since the update before"),
             (None, Some(op)) => op.to_string(),
             (None, None) => "the loss itself".into(),

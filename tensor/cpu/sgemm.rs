@@ -187,8 +187,8 @@ unsafe fn pack_b<S: Simd>(
                             .cast::<[f32; 4]>()
                             .read_unaligned();
                     }
-                    for i in 0..4 {
-                        let y = [x[0][i], x[1][i], x[2][i], x[3][i]];
+                    let y: [[f32; 4]; 4] = std::array::from_fn(|i| x.map(|x| x[i])); // [p, j]
+                    for (i, y) in y.into_iter().enumerate() {
                         panel.add((p + i) * width + j).cast::<[f32; 4]>().write_unaligned(y);
                     }
                 }
