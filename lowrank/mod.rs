@@ -25,6 +25,7 @@ mod optimizer;
 mod orthogonaliser;
 mod pair;
 mod params;
+mod quintic;
 mod radius;
 mod renormalised;
 mod schedule;

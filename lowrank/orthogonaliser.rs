@@ -3,9 +3,11 @@
 //! Not here: the iteration itself, which the first two share (newton_schulz.rs).
 //! Letters: M [p, q] momentum, O its orthogonalisation, r = min(p, q), U·Σ·Vᵀ the SVD of M, σ its singular values.
 
-use super::newton_schulz::{NewtonSchulz, Space, bounds, flops, iterate, odd_quintic};
+use super::newton_schulz::iterate;
 use super::pair::{from_nalgebra, to_nalgebra};
+use super::quintic::{bounds, flops, odd_quintic};
 use super::svd::svd;
+use super::{NewtonSchulz, Space};
 use crate::tensor::{Backend, Scalar, Tensor, same_shape};
 use rayon::prelude::*;
 

@@ -26,16 +26,19 @@ fn lines(cell: &str) -> usize {
         .filter(|line| !line.trim().is_empty())
         .collect();
     let Some(name) = cell.split('`').nth(1) else { return all.len() };
-    let head = format!("    pub fn {name}(");
-    let at = all.iter().position(|line| line.starts_with(&head));
+    // a method, or a function of the file
+    let heads = ["(", "<"].map(|after| format!("pub fn {name}{after}"));
+    let at = all.iter().position(|line| heads.iter().any(|head| line.trim_start().starts_with(head)));
     let at = at.unwrap_or_else(|| panic!("{cell}: no such function"));
+    let indent = &all[at][..all[at].find("pub").expect("it was found by that")];
     // its doc comment and attributes stand above it
-    let above = |line: &&&str| line.starts_with("    ///") || line.starts_with("    #[");
+    let above = |line: &&&str| line.trim_start().starts_with("///") || line.trim_start().starts_with("#[");
     let first = at - all[..at].iter().rev().take_while(above).count();
     if cell.contains("up to") {
         return first;
     }
-    all[first..].iter().position(|line| *line == "    }").expect("a closing brace") + 1
+    let end = format!("{indent}}}");
+    all[first..].iter().position(|line| *line == end).expect("a closing brace") + 1
 }
 
 #[test]
@@ -52,7 +55,7 @@ fn the_reading_path_has_the_lines_it_says() {
     }
     assert!(is.lines().count() > 6, "{is}");
     assert!(is == should, "the reading path in README.md should be\n\n{should}");
-    assert!(total / 2 <= 1200, "{} lines are no short path", total / 2);
+    assert!(total / 2 <= 920, "{} lines are no short path", total / 2);
 }
 
 #[test]
@@ -71,7 +74,8 @@ fn the_library_example_is_that_of_the_documentation() {
 
 #[test]
 fn links_lead_somewhere() {
-    for page in ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/results.md"] {
+    for page in ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/results.md", "docs/orthogonalisers.md"]
+    {
         let text = read(page);
         for link in links(&text) {
             let from = Path::new(page).parent().unwrap();
