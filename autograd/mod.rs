@@ -9,4 +9,4 @@ mod tape;
 
 pub use gradcheck::{GradCheck, gradcheck};
 pub use ops::{Rope, concat};
-pub use tape::{Grads, NonFinite, Tape, Var, VarId};
+pub use tape::{Grads, NonFinite, OpTime, Tape, Var, VarId};

@@ -4,8 +4,10 @@
 
 use crate::tensor::{Accum, Backend, Mat, Shape, Tensor};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::Location;
+use std::time::{Duration, Instant};
 
 /// What an op does going backward: takes dy, adds to the gradients of its inputs.
 type Backward<B> = Box<dyn FnOnce(Tensor<B>, &mut Grads<B>)>;
@@ -27,6 +29,21 @@ pub struct Tape<B: Backend> {
     nodes: RefCell<Vec<Node<B>>>,
     /// Whether backward() has run: old variables must not meet new nodes.
     consumed: Cell<bool>,
+    times: Option<RefCell<Times>>,
+}
+
+/// The calls of one op, and the time they took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpTime {
+    pub calls: usize,
+    pub forward: Duration,
+    pub backward: Duration,
+}
+
+struct Times {
+    /// The end of the op before.
+    last: Instant,
+    ops: BTreeMap<&'static str, OpTime>,
 }
 
 /// A value on a tape. `Copy`; ops are its methods.
@@ -49,7 +66,19 @@ pub struct VarId(usize);
 impl<B: Backend> Tape<B> {
     /// An empty tape for tensors on `device`.
     pub fn new(device: &B) -> Self {
-        Self { device: device.clone(), nodes: RefCell::default(), consumed: Cell::new(false) }
+        Self { device: device.clone(), nodes: RefCell::default(), consumed: Cell::new(false), times: None }
+    }
+
+    /// An empty tape that takes the time of each op: see [`Tape::times`].
+    pub fn timed(device: &B) -> Self {
+        let times = Times { last: Instant::now(), ops: BTreeMap::new() };
+        Self { times: Some(RefCell::new(times)), ..Self::new(device) }
+    }
+
+    /// The time spent so far by name of op; of a tape from [`Tape::new`], nothing. An op's forward is the time since the op
+    /// before it was recorded, so what runs in between counts as the next op's.
+    pub fn times(&self) -> BTreeMap<&'static str, OpTime> {
+        self.times.as_ref().map(|times| times.borrow().ops.clone()).unwrap_or_default()
     }
 
     /// The device of the tape's tensors.
@@ -112,6 +141,14 @@ impl<B: Backend> Tape<B> {
         backward: Option<Backward<B>>,
     ) -> Var<'_, B> {
         assert!(!self.consumed.get(), "{op}: this tape was consumed by backward(); start a new one");
+        if let Some(times) = &self.times {
+            let mut times = times.borrow_mut();
+            let now = Instant::now();
+            let spent = now - std::mem::replace(&mut times.last, now);
+            let time = times.ops.entry(op).or_default();
+            time.calls += 1;
+            time.forward += spent;
+        }
         let mut nodes = self.nodes.borrow_mut();
         nodes.push(Node { op, line: Location::caller(), value, wanted, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
@@ -225,7 +262,11 @@ impl<'t, B: Backend> Var<'t, B> {
             let Some(backward) = node.backward else { continue };
             drop(node.value);
             if let Some(dy) = grads.slots[id].take() {
+                let start = tape.times.as_ref().map(|_| Instant::now());
                 backward(dy, &mut grads);
+                if let (Some(times), Some(start)) = (&tape.times, start) {
+                    times.borrow_mut().ops.entry(node.op).or_default().backward += start.elapsed();
+                }
             }
         }
         grads

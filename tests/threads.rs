@@ -32,16 +32,18 @@ fn same_under_all_pools(what: &str, f: impl Fn() -> Vec<Vec<u64>> + Sync) {
     }
 }
 
-/// m·k·n at which a product is shared out is 2^18; both sides of it, ragged edges, k beyond one cache block (256 or 512).
-const PRODUCTS: [[usize; 3]; 12] = [
+/// m·k·n at which a product is shared out is 2^21; both sides of it, ragged edges, k beyond one cache block (256).
+const PRODUCTS: [[usize; 3]; 14] = [
     [1, 1, 1],
     [63, 64, 65],
-    [64, 64, 64],
-    [65, 64, 64],
-    [400, 700, 3],
-    [3, 700, 400],
-    [1, 4_000, 97],
-    [97, 4_000, 1],
+    [127, 128, 129],
+    [128, 128, 128],
+    [129, 128, 128],
+    [400, 1_800, 3],
+    [3, 1_800, 400],
+    [1, 25_000, 97],
+    [97, 25_000, 1],
+    [400, 50, 130],
     [129, 1_100, 33],
     [33, 513, 131],
     [257, 64, 300],

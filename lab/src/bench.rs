@@ -1,6 +1,7 @@
-//! `bench`: the time of a training step and its parts, on random tokens.
+//! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op.
 
-use std::time::Instant;
+use std::fmt::Write;
+use std::time::{Duration, Instant};
 
 use rankgrad::tensor::Cpu;
 use serde::Serialize;
@@ -11,7 +12,7 @@ use crate::data::Batch;
 use crate::error::Result;
 use crate::flops::step_flops;
 use crate::run::peak_memory_mib;
-use crate::trainer::{Step, Trainer};
+use crate::trainer::{OpTimes, Step, Trainer};
 
 /// Medians over the timed steps.
 #[derive(Serialize)]
@@ -39,7 +40,8 @@ struct Report {
 pub fn bench(args: &BenchArgs) -> Result<()> {
     let overrides = Overrides { model: args.model.clone(), ..Overrides::default() };
     let config = overrides.resolve()?;
-    let report = crate::pool(config.threads)?.install(|| measure(&config, args.steps))?;
+    let (report, times) =
+        crate::pool(config.threads)?.install(|| measure(&config, args.steps, args.profile))?;
     if args.json {
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
@@ -58,10 +60,33 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     if let Some(peak) = report.peak_memory_mib {
         crate::say!("{} parameters, peak memory {peak:.0} MiB", report.params);
     }
+    if args.profile {
+        crate::say!("{}", table(&times, args.steps));
+    }
     Ok(())
 }
 
-fn measure(config: &Config, steps: usize) -> Result<Report> {
+/// Mean calls and milliseconds per step of each op, the slowest first, and its part of all ops together. Lanes that run side by
+/// side are added up.
+fn table(times: &OpTimes, steps: usize) -> String {
+    let ms = |time: Duration| 1e3 * time.as_secs_f64() / steps as f64;
+    let mut rows: Vec<(&str, usize, f64, f64)> = times
+        .iter()
+        .map(|(op, time)| (*op, time.calls / steps, ms(time.forward), ms(time.backward)))
+        .collect();
+    rows.sort_by(|a, b| (b.2 + b.3).total_cmp(&(a.2 + a.3)));
+    let [forward, backward] = rows.iter().fold([0.0, 0.0], |[f, b], row| [f + row.2, b + row.3]);
+    rows.push(("all", rows.iter().map(|row| row.1).sum(), forward, backward));
+    let mut text =
+        format!("{:16}{:>8}{:>13}{:>14}{:>9}", "op", "calls", "forward, ms", "backward, ms", "share");
+    for (op, calls, f, b) in rows {
+        let share = 100.0 * (f + b) / (forward + backward);
+        write!(text, "\n{op:16}{calls:8}{f:13.3}{b:14.3}{share:8.1}%").expect("a String takes it");
+    }
+    text
+}
+
+fn measure(config: &Config, steps: usize, profile: bool) -> Result<(Report, OpTimes)> {
     let mut trainer = Trainer::new(&Cpu::<f32>::default(), config);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
@@ -77,6 +102,9 @@ fn measure(config: &Config, steps: usize) -> Result<Report> {
         .collect();
     let mut times: Vec<(Step, f64)> = Vec::new();
     for i in 0..steps + 2 {
+        if profile && i == 2 {
+            trainer.op_times = Some(OpTimes::new());
+        }
         let start = Instant::now();
         let step = trainer.step(&batches, 0.01)?; // small steps: random tokens teach nothing
         if i >= 2 {
@@ -91,7 +119,7 @@ fn measure(config: &Config, steps: usize) -> Result<Report> {
     let seconds = median(&|(_, total)| *total);
     let tokens_per_step = tokens * config.accumulate;
     let flops = step_flops(config);
-    Ok(Report {
+    let report = Report {
         preset: config.preset,
         method: config.method,
         threads: rayon::current_num_threads(),
@@ -105,5 +133,38 @@ fn measure(config: &Config, steps: usize) -> Result<Report> {
         gflops: (flops.forward + flops.backward + flops.guide_products) / seconds / 1e9,
         params: trainer.params.count(),
         peak_memory_mib: peak_memory_mib(),
-    })
+    };
+    Ok((report, trainer.op_times.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_profile_counts_each_op_and_its_time_fits_into_the_step() {
+        let config = Overrides::default().resolve().unwrap(); // tiny: 12 rows, 2 at a time; 4 layers with 7 pairs each
+        let steps = 2;
+        let start = Instant::now();
+        let (_, times) =
+            crate::pool(1).unwrap().install(|| measure(&config, steps, true)).expect("the default is usable");
+        let wall = start.elapsed();
+        assert_eq!(times["lowrank_linear"].calls, steps * 6 * 4 * 7);
+        assert_eq!(times["attention"].calls, steps * 6 * 4);
+        assert_eq!(times["cross_entropy"].calls, steps * 6);
+        assert!(times["lowrank_linear"].backward > Duration::ZERO);
+        assert_eq!(times["leaf"].backward, Duration::ZERO);
+        assert!(times.values().map(|t| t.forward + t.backward).sum::<Duration>() < wall);
+
+        let table = table(&times, steps);
+        let share =
+            |line: &str| line.rsplit(' ').next().unwrap().trim_end_matches('%').parse::<f64>().unwrap();
+        let shares: Vec<f64> = table.lines().skip(1).map(share).collect();
+        let (all, ops) = shares.split_last().unwrap();
+        assert!(*all == 100.0 && (ops.iter().sum::<f64>() - 100.0).abs() < 0.1 * ops.len() as f64, "{table}");
+        assert!(ops.is_sorted_by(|a, b| a >= b), "{table}");
+
+        let (_, none) = crate::pool(1).unwrap().install(|| measure(&config, 1, false)).unwrap();
+        assert!(none.is_empty());
+    }
 }

@@ -194,6 +194,9 @@ pub struct BenchArgs {
     /// Print one JSON object: forward_ms, backward_ms, optimizer_ms, tokens_per_second, ...
     #[arg(long)]
     pub json: bool,
+    /// Also print where forward and backward spend their time, by op
+    #[arg(long, conflicts_with = "json")]
+    pub profile: bool,
     #[command(flatten)]
     pub model: ModelOptions,
 }

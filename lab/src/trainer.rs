@@ -2,10 +2,11 @@
 //!
 //! Not here: the loop around it (train.rs).
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use rankgrad::autograd::{NonFinite, Tape};
+use rankgrad::autograd::{NonFinite, OpTime, Tape};
 use rankgrad::lowrank::{
     Accuracy, AdamW, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, Values, clip_global_norm,
     matrix_telemetry, pair_telemetry,
@@ -32,7 +33,12 @@ pub struct Trainer<B: Backend = Cpu<f32>> {
     pub model: Model<B>,
     pub params: Params<B>,
     optimizer: Optimizer<B, PairRule<B>>,
+    /// Time by op, summed over steps and lanes; None: it is not taken.
+    pub op_times: Option<OpTimes>,
 }
+
+/// By name of op.
+pub type OpTimes = BTreeMap<&'static str, OpTime>;
 
 /// What one step saw, and where its time went.
 pub struct Step {
@@ -59,9 +65,10 @@ struct Pass<B: Backend> {
     grads: Values<B>,
     forward: Duration,
     backward: Duration,
+    op_times: OpTimes,
 }
 
-/// Forward and backward over some `rows` of a batch that counts for `share` of the step.
+/// Forward and backward over some `rows` of a batch that counts for `share` of the step; `timed`: with the time of each op.
 ///
 /// # Errors
 /// A loss that is not finite: the first op that was not.
@@ -72,17 +79,19 @@ fn lane<B: Backend>(
     batch: &Batch,
     rows: Range<usize>,
     share: f64,
+    timed: bool,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
     let len = batch.inputs.len() / batch.rows;
     let at_once = (TOKENS / len).max(1);
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut sum = None;
+    let mut op_times = OpTimes::new();
     for row in rows.clone().step_by(at_once) {
         let start = Instant::now();
         let rows = row..rows.end.min(row + at_once);
         let tokens = rows.start * len..rows.end * len;
-        let tape = Tape::new(device);
+        let tape = if timed { Tape::timed(device) } else { Tape::new(device) };
         let w = params.on(&tape);
         let mean = model.loss(&w, &batch.inputs[tokens.clone()], &batch.targets[tokens], rows.len()); // [1]
         let part = mean.scale(share * rows.len() as f64 / batch.rows as f64); // [1]
@@ -97,8 +106,18 @@ fn lane<B: Backend>(
         let before = sum.take().unwrap_or_default();
         sum = Some(w.gradients(part.backward_onto(w.pair_up(before))));
         backward += start.elapsed();
+        add_times(&mut op_times, tape.times());
     }
-    Ok(Pass { loss, grads: sum.unwrap_or_default(), forward, backward })
+    Ok(Pass { loss, grads: sum.unwrap_or_default(), forward, backward, op_times })
+}
+
+fn add_times(sum: &mut OpTimes, times: OpTimes) {
+    for (op, time) in times {
+        let sum = sum.entry(op).or_default();
+        sum.calls += time.calls;
+        sum.forward += time.forward;
+        sum.backward += time.backward;
+    }
 }
 
 impl<B: Backend> Trainer<B> {
@@ -106,7 +125,7 @@ impl<B: Backend> Trainer<B> {
     pub fn new(device: &B, config: &Config) -> Self {
         let (model, params) = Model::new(device, config);
         let optimizer = optimizer(config, &params);
-        Self { device: device.clone(), config: config.clone(), model, params, optimizer }
+        Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None }
     }
 
     /// One update from the mean gradient of the micro-batches, with both learning rates times `factor`.
@@ -126,10 +145,10 @@ impl<B: Backend> Trainer<B> {
                     guide::training_weights(&self.config, skip, self.steps(), i as u64, guides);
             }
             let start = Instant::now();
-            let lanes = batch.rows.min(LANES);
+            let (lanes, timed) = (batch.rows.min(LANES), self.op_times.is_some());
             let lane = |i: usize| {
                 let rows = batch.rows * i / lanes..batch.rows * (i + 1) / lanes;
-                self::lane(&self.device, &self.model, &self.params, batch, rows, share)
+                self::lane(&self.device, &self.model, &self.params, batch, rows, share, timed)
             };
             let passes: Vec<_> = (0..lanes).into_par_iter().map(lane).collect();
             let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);
@@ -138,6 +157,9 @@ impl<B: Backend> Trainer<B> {
                 loss += pass.loss;
                 first += pass.forward;
                 second += pass.backward;
+                if let Some(times) = &mut self.op_times {
+                    add_times(times, pass.op_times);
+                }
                 match &mut sum {
                     Some(sum) => sum.add_scaled(1.0, &pass.grads),
                     None => sum = Some(pass.grads),
@@ -251,7 +273,7 @@ impl Trainer {
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
         let host = |x: &Tensor<Cpu<f32>>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
         let params = self.params.names().zip(self.params.values.tensors());
-        let mut tensors: std::collections::BTreeMap<_, _> =
+        let mut tensors: BTreeMap<_, _> =
             params.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
         let meta = Meta { step: self.optimizer.steps, ..meta };
         let state = self.optimizer.state();

@@ -140,19 +140,22 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
                 // SAFETY: this task alone writes this head's log-sum-exps
                 let lse =
                     unsafe { std::slice::from_raw_parts_mut(lses.at(b * how.heads + j, start).first, rows) };
-                simd(|| {
-                    for (i, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
-                        let (seen, hidden) = row.split_at_mut(z.keys_of(start + i));
-                        let top = rows::max(seen);
-                        for s in seen.iter_mut() {
-                            *s = ((*s - top) * scale).fast_exp();
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
+                            let (seen, hidden) = row.split_at_mut(z.keys_of(start + i));
+                            let top = rows::max(seen);
+                            for s in seen.iter_mut() {
+                                *s = ((*s - top) * scale).fast_exp();
+                            }
+                            let total = rows::sum(seen, |p| p);
+                            *lse = top * scale + total.ln();
+                            seen.iter_mut().for_each(|p| *p /= total);
+                            hidden.fill(T::zero());
                         }
-                        let total = rows::sum(seen, |p| p);
-                        *lse = top * scale + total.ln();
-                        seen.iter_mut().for_each(|p| *p /= total);
-                        hidden.fill(T::zero());
-                    }
-                });
+                    },
+                );
                 let p = Head::of(&scores, keys); // P [rows, keys]
                 // O = P·V
                 // SAFETY: as above; this task alone writes this head of O
@@ -200,21 +203,24 @@ pub(super) fn attention_grad<T: Scalar>(
                     product([rows, h, keys], (q, false), (k, true), Accum::Replace, p); // S [rows, keys]
                     product([rows, h, keys], (do_, false), (v, true), Accum::Replace, dp); // dP [rows, keys]
                 }
-                simd(|| {
-                    let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
-                    for (i, (p, dp)) in pairs.take(rows).enumerate() {
-                        let at = (row0 + i) * how.heads * h + j * h;
-                        let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
-                        let lse = lse[(b * how.heads + j) * z.tq + start + i];
-                        let seen = z.keys_of(start + i);
-                        for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
-                            *p = (*p * scale - lse).fast_exp();
-                            *dp = *p * (*dp - pull) * scale;
+                simd(
+                    #[inline(always)]
+                    || {
+                        let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
+                        for (i, (p, dp)) in pairs.take(rows).enumerate() {
+                            let at = (row0 + i) * how.heads * h + j * h;
+                            let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
+                            let lse = lse[(b * how.heads + j) * z.tq + start + i];
+                            let seen = z.keys_of(start + i);
+                            for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
+                                *p = (*p * scale - lse).fast_exp();
+                                *dp = *p * (*dp - pull) * scale;
+                            }
+                            p[seen..].fill(T::zero());
+                            dp[seen..].fill(T::zero());
                         }
-                        p[seen..].fill(T::zero());
-                        dp[seen..].fill(T::zero());
-                    }
-                });
+                    },
+                );
                 let (p, dp) = (Head::of(&probs, keys), Head::of(&dprobs, keys)); // P, dS [rows, keys]
                 // SAFETY: as above; this task alone writes this head of dQ, dK and dV
                 unsafe {

@@ -29,7 +29,8 @@ fn rows_per_task(d: usize) -> usize {
     (GRAIN / d.max(1)).max(1)
 }
 
-/// Runs `f` compiled for the best instruction set of this processor.
+/// Runs `f` compiled for the best instruction set of this processor. Write `simd(#[inline(always)] || …)`: a closure that is
+/// not inlined here, and long ones are not by themselves, is compiled for the oldest one.
 #[inline(always)]
 fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
@@ -39,7 +40,12 @@ fn simd<R>(f: impl FnOnce() -> R) -> R {
 fn map<T: Scalar>(x: &Tensor<Cpu<T>>, f: impl Fn(&[T], &mut [T]) + Sync) -> Tensor<Cpu<T>> {
     let mut y = Tensor::scratch(x.device(), x.shape()); // like x
     let out = y.buffer_mut().par_chunks_mut(GRAIN);
-    out.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| simd(|| f(x, y)));
+    out.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| {
+        simd(
+            #[inline(always)]
+            || f(x, y),
+        )
+    });
     y
 }
 
@@ -48,18 +54,29 @@ fn map2<T: Scalar>(a: &Tensor<Cpu<T>>, b: &Tensor<Cpu<T>>, f: impl Fn(T, T) -> T
     let mut y = Tensor::scratch(a.device(), a.shape()); // like a
     let inputs = a.buffer().par_chunks(GRAIN).zip(b.buffer().par_chunks(GRAIN));
     y.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(y, (a, b))| {
-        simd(|| {
-            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                *y = f(a, b);
-            }
-        })
+        simd(
+            #[inline(always)]
+            || {
+                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                    *y = f(a, b);
+                }
+            },
+        )
     });
     y
 }
 
 /// Σ f(x) in f64: chunks of fixed length, added in order.
 fn reduce<T: Scalar>(x: &[T], f: impl Fn(f64) -> f64 + Sync) -> f64 {
-    let sums: Vec<f64> = x.par_chunks(GRAIN).map(|x| simd(|| rows::sum(x, |x| f(x.f64())))).collect();
+    let sums: Vec<f64> = x
+        .par_chunks(GRAIN)
+        .map(|x| {
+            simd(
+                #[inline(always)]
+                || rows::sum(x, |x| f(x.f64())),
+            )
+        })
+        .collect();
     sums.iter().sum()
 }
 
@@ -91,14 +108,17 @@ impl<T: Scalar> Backend for Cpu<T> {
         let (alpha, beta) = (T::of(alpha), T::of(beta));
         let y = y.buffer_mut().par_chunks_mut(GRAIN);
         y.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| {
-            simd(|| {
-                let pairs = y.iter_mut().zip(x);
-                if beta == T::zero() {
-                    pairs.for_each(|(y, &x)| *y = alpha * x);
-                } else {
-                    pairs.for_each(|(y, &x)| *y = alpha * x + beta * *y);
-                }
-            })
+            simd(
+                #[inline(always)]
+                || {
+                    let pairs = y.iter_mut().zip(x);
+                    if beta == T::zero() {
+                        pairs.for_each(|(y, &x)| *y = alpha * x);
+                    } else {
+                        pairs.for_each(|(y, &x)| *y = alpha * x + beta * *y);
+                    }
+                },
+            )
         });
     }
 
@@ -262,13 +282,16 @@ impl<T: Scalar> Backend for Cpu<T> {
         let moments = m.buffer_mut().par_chunks_mut(GRAIN).zip(v.buffer_mut().par_chunks_mut(GRAIN));
         let inputs = g.buffer().par_chunks(GRAIN).zip(moments);
         w.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(w, (g, (m, v)))| {
-            simd(|| {
-                for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
-                    *m = b1 * *m + c1 * g;
-                    *v = b2 * *v + c2 * g * g;
-                    *w = keep * *w - lr * *m / ((*v * inv_bias2).sqrt() + eps);
-                }
-            })
+            simd(
+                #[inline(always)]
+                || {
+                    for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+                        *m = b1 * *m + c1 * g;
+                        *v = b2 * *v + c2 * g * g;
+                        *w = keep * *w - lr * *m / ((*v * inv_bias2).sqrt() + eps);
+                    }
+                },
+            )
         });
     }
 }

@@ -75,11 +75,14 @@ pub(super) fn max<T: Scalar>(x: &[T]) -> T {
 pub(super) fn each<T: Scalar>(x: &[T], y: &mut [T], d: usize, f: impl Fn(&[T], &mut [T]) + Sync) {
     let run = rows_per_task(d) * d;
     y.par_chunks_mut(run).zip(x.par_chunks(run)).for_each(|(y, x)| {
-        simd(|| {
-            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                f(x, y);
-            }
-        })
+        simd(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    f(x, y);
+                }
+            },
+        )
     });
 }
 
@@ -90,7 +93,10 @@ pub(super) fn sum_over_rows<T: Scalar>(n: usize, d: usize, f: impl Fn(usize, &mu
         .into_par_iter()
         .map(|i| {
             let mut total = vec![T::zero(); d];
-            simd(|| (i * run..n.min((i + 1) * run)).for_each(|row| f(row, &mut total)));
+            simd(
+                #[inline(always)]
+                || (i * run..n.min((i + 1) * run)).for_each(|row| f(row, &mut total)),
+            );
             total
         })
         .collect();
@@ -147,14 +153,17 @@ pub(super) fn rms_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, eps: f64) -> [Cpus<T
     let run = rows_per_task(d);
     let out = y.buffer_mut().par_chunks_mut(run * d).zip(inv_rms.buffer_mut().par_chunks_mut(run));
     out.zip(x.buffer().par_chunks(run * d)).for_each(|((y, s), x)| {
-        simd(|| {
-            for ((y, s), x) in y.chunks_exact_mut(d).zip(s).zip(x.chunks_exact(d)) {
-                *s = T::one() / (sum(x, |x| x * x) * inv_d + eps).sqrt();
-                for ((y, &x), &g) in y.iter_mut().zip(x).zip(g.iter()) {
-                    *y = g * x * *s;
+        simd(
+            #[inline(always)]
+            || {
+                for ((y, s), x) in y.chunks_exact_mut(d).zip(s).zip(x.chunks_exact(d)) {
+                    *s = T::one() / (sum(x, |x| x * x) * inv_d + eps).sqrt();
+                    for ((y, &x), &g) in y.iter_mut().zip(x).zip(g.iter()) {
+                        *y = g * x * *s;
+                    }
                 }
-            }
-        })
+            },
+        )
     });
     [y, inv_rms]
 }
@@ -176,19 +185,22 @@ pub(super) fn rms_norm_grad<T: Scalar>(
         .enumerate()
         .map(|(i, dx)| {
             let mut dg = vec![T::zero(); d];
-            simd(|| {
-                for (row, dx) in (i * run..).zip(dx.chunks_exact_mut(d)) {
-                    let (x, dy, s) = (&x[row * d..][..d], &dy[row * d..][..d], s[row]);
-                    for ((dx, &g), &dy) in dx.iter_mut().zip(g.iter()).zip(dy) {
-                        *dx = g * dy;
+            simd(
+                #[inline(always)]
+                || {
+                    for (row, dx) in (i * run..).zip(dx.chunks_exact_mut(d)) {
+                        let (x, dy, s) = (&x[row * d..][..d], &dy[row * d..][..d], s[row]);
+                        for ((dx, &g), &dy) in dx.iter_mut().zip(g.iter()).zip(dy) {
+                            *dx = g * dy;
+                        }
+                        let pull = sum2(x, dx, |x, gdy| x * gdy) * inv_d * s * s * s;
+                        for (((dx, &x), &dy), dg) in dx.iter_mut().zip(x).zip(dy).zip(&mut dg) {
+                            *dx = *dx * s - x * pull;
+                            *dg += dy * x * s;
+                        }
                     }
-                    let pull = sum2(x, dx, |x, gdy| x * gdy) * inv_d * s * s * s;
-                    for (((dx, &x), &dy), dg) in dx.iter_mut().zip(x).zip(dy).zip(&mut dg) {
-                        *dx = *dx * s - x * pull;
-                        *dg += dy * x * s;
-                    }
-                }
-            });
+                },
+            );
             dg
         })
         .collect();
@@ -210,18 +222,21 @@ pub(super) fn layer_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, b: &Cpus<T>, eps: 
     let run = rows_per_task(d);
     let out = y.buffer_mut().par_chunks_mut(run * d).zip(stats.buffer_mut().par_chunks_mut(run * 2));
     out.zip(x.buffer().par_chunks(run * d)).for_each(|((y, stats), x)| {
-        simd(|| {
-            let rows = y.chunks_exact_mut(d).zip(stats.chunks_exact_mut(2)).zip(x.chunks_exact(d));
-            for ((y, stats), x) in rows {
-                let mean = sum(x, |x| x) * inv_d;
-                let variance = sum(x, |x| (x - mean) * (x - mean)) * inv_d;
-                let s = T::one() / (variance + eps).sqrt();
-                stats.copy_from_slice(&[mean, s]);
-                for (((y, &x), &g), &b) in y.iter_mut().zip(x).zip(g.iter()).zip(b.iter()) {
-                    *y = g * (x - mean) * s + b;
+        simd(
+            #[inline(always)]
+            || {
+                let rows = y.chunks_exact_mut(d).zip(stats.chunks_exact_mut(2)).zip(x.chunks_exact(d));
+                for ((y, stats), x) in rows {
+                    let mean = sum(x, |x| x) * inv_d;
+                    let variance = sum(x, |x| (x - mean) * (x - mean)) * inv_d;
+                    let s = T::one() / (variance + eps).sqrt();
+                    stats.copy_from_slice(&[mean, s]);
+                    for (((y, &x), &g), &b) in y.iter_mut().zip(x).zip(g.iter()).zip(b.iter()) {
+                        *y = g * (x - mean) * s + b;
+                    }
                 }
-            }
-        })
+            },
+        )
     });
     [y, stats]
 }
@@ -239,20 +254,23 @@ pub(super) fn layer_norm_grad<T: Scalar>(
     let inv_d = T::of(1.0 / d as f64);
     let run = rows_per_task(d);
     dx.buffer_mut().par_chunks_mut(run * d).enumerate().for_each(|(i, dx)| {
-        simd(|| {
-            for (row, dx) in (i * run..).zip(dx.chunks_exact_mut(d)) {
-                let (x, dy) = (&x[row * d..][..d], &dy[row * d..][..d]);
-                let (mean, s) = (stats[2 * row], stats[2 * row + 1]);
-                for ((dx, &g), &dy) in dx.iter_mut().zip(g.iter()).zip(dy) {
-                    *dx = g * dy;
+        simd(
+            #[inline(always)]
+            || {
+                for (row, dx) in (i * run..).zip(dx.chunks_exact_mut(d)) {
+                    let (x, dy) = (&x[row * d..][..d], &dy[row * d..][..d]);
+                    let (mean, s) = (stats[2 * row], stats[2 * row + 1]);
+                    for ((dx, &g), &dy) in dx.iter_mut().zip(g.iter()).zip(dy) {
+                        *dx = g * dy;
+                    }
+                    let mean_dx = sum(dx, |gdy| gdy) * inv_d;
+                    let along = sum2(x, dx, |x, gdy| (x - mean) * s * gdy) * inv_d;
+                    for (dx, &x) in dx.iter_mut().zip(x) {
+                        *dx = s * (*dx - mean_dx - (x - mean) * s * along);
+                    }
                 }
-                let mean_dx = sum(dx, |gdy| gdy) * inv_d;
-                let along = sum2(x, dx, |x, gdy| (x - mean) * s * gdy) * inv_d;
-                for (dx, &x) in dx.iter_mut().zip(x) {
-                    *dx = s * (*dx - mean_dx - (x - mean) * s * along);
-                }
-            }
-        })
+            },
+        )
     });
     let dg = sum_over_rows(n, d, |row, total| {
         let (x, dy) = (&x[row * d..][..d], &dy[row * d..][..d]);
@@ -281,14 +299,17 @@ pub(super) fn swiglu_grad<T: Scalar>(gate: &Cpus<T>, up: &Cpus<T>, dy: &Cpus<T>)
     let out = da.buffer_mut().par_chunks_mut(run).zip(db.buffer_mut().par_chunks_mut(run));
     let inputs = gate.buffer().par_chunks(run).zip(up.buffer().par_chunks(run));
     out.zip(inputs.zip(dy.buffer().par_chunks(run))).for_each(|((da, db), ((a, b), dy))| {
-        simd(|| {
-            let inputs = a.iter().zip(b).zip(dy);
-            for ((da, db), ((&a, &b), &dy)) in da.iter_mut().zip(db).zip(inputs) {
-                let s = T::one() / (T::one() + (-a).fast_exp());
-                *da = dy * b * s * (T::one() + a * (T::one() - s));
-                *db = dy * a * s;
-            }
-        })
+        simd(
+            #[inline(always)]
+            || {
+                let inputs = a.iter().zip(b).zip(dy);
+                for ((da, db), ((&a, &b), &dy)) in da.iter_mut().zip(db).zip(inputs) {
+                    let s = T::one() / (T::one() + (-a).fast_exp());
+                    *da = dy * b * s * (T::one() + a * (T::one() - s));
+                    *db = dy * a * s;
+                }
+            },
+        )
     });
     [da, db]
 }
@@ -308,11 +329,14 @@ pub(super) fn embedding_grad<T: Scalar>(shape: Shape, ids: &[u32], dy: &Cpus<T>)
     let d = shape.cols();
     let mut dtable = Tensor::zeros(dy.device(), shape); // [v, d]
     let out = dtable.buffer_mut();
-    simd(|| {
-        for (dy, &id) in dy.buffer().chunks_exact(d).zip(ids) {
-            add(&mut out[id as usize * d..][..d], dy);
-        }
-    });
+    simd(
+        #[inline(always)]
+        || {
+            for (dy, &id) in dy.buffer().chunks_exact(d).zip(ids) {
+                add(&mut out[id as usize * d..][..d], dy);
+            }
+        },
+    );
     dtable
 }
 
@@ -332,20 +356,23 @@ pub(super) fn rope<T: Scalar>(
     let run = rows_per_task(d);
     let tasks = y.buffer_mut().par_chunks_mut(run * d).zip(x.buffer().par_chunks(run * d));
     tasks.enumerate().for_each(|(i, (y, x))| {
-        simd(|| {
-            for (row, (y, x)) in (i * run..).zip(y.chunks_exact_mut(d).zip(x.chunks_exact(d))) {
-                let (cos, sin) = table[(offset + row % len) * h..][..h].split_at(half);
-                for (y, x) in y.chunks_exact_mut(h).zip(x.chunks_exact(h)) {
-                    let ((ya, yb), (xa, xb)) = (y.split_at_mut(half), x.split_at(half));
-                    let angles = cos.iter().zip(sin);
-                    let pairs = ya.iter_mut().zip(yb).zip(xa.iter().zip(xb));
-                    for (((ya, yb), (&a, &b)), (&cos, &sin)) in pairs.zip(angles) {
-                        *ya = a * cos - b * (sign * sin);
-                        *yb = a * (sign * sin) + b * cos;
+        simd(
+            #[inline(always)]
+            || {
+                for (row, (y, x)) in (i * run..).zip(y.chunks_exact_mut(d).zip(x.chunks_exact(d))) {
+                    let (cos, sin) = table[(offset + row % len) * h..][..h].split_at(half);
+                    for (y, x) in y.chunks_exact_mut(h).zip(x.chunks_exact(h)) {
+                        let ((ya, yb), (xa, xb)) = (y.split_at_mut(half), x.split_at(half));
+                        let angles = cos.iter().zip(sin);
+                        let pairs = ya.iter_mut().zip(yb).zip(xa.iter().zip(xb));
+                        for (((ya, yb), (&a, &b)), (&cos, &sin)) in pairs.zip(angles) {
+                            *ya = a * cos - b * (sign * sin);
+                            *yb = a * (sign * sin) + b * cos;
+                        }
                     }
                 }
-            }
-        })
+            },
+        )
     });
     y
 }
@@ -361,21 +388,24 @@ pub(super) fn cross_entropy<T: Scalar>(logits: &Cpus<T>, targets: &[u32]) -> [Cp
     let losses: Vec<f64> = tasks
         .zip(targets.par_chunks(run))
         .map(|((dx, x), targets)| {
-            simd(|| {
-                let mut loss = 0.0;
-                for ((dx, x), &target) in dx.chunks_exact_mut(v).zip(x.chunks_exact(v)).zip(targets) {
-                    let top = max(x);
-                    for (dx, &x) in dx.iter_mut().zip(x) {
-                        *dx = (x - top).fast_exp();
+            simd(
+                #[inline(always)]
+                || {
+                    let mut loss = 0.0;
+                    for ((dx, x), &target) in dx.chunks_exact_mut(v).zip(x.chunks_exact(v)).zip(targets) {
+                        let top = max(x);
+                        for (dx, &x) in dx.iter_mut().zip(x) {
+                            *dx = (x - top).fast_exp();
+                        }
+                        let total = sum(dx, |e| e);
+                        let scale = inv_n / total;
+                        dx.iter_mut().for_each(|dx| *dx *= scale);
+                        dx[target as usize] -= inv_n;
+                        loss += total.f64().ln() - (x[target as usize] - top).f64();
                     }
-                    let total = sum(dx, |e| e);
-                    let scale = inv_n / total;
-                    dx.iter_mut().for_each(|dx| *dx *= scale);
-                    dx[target as usize] -= inv_n;
-                    loss += total.f64().ln() - (x[target as usize] - top).f64();
-                }
-                loss
-            })
+                    loss
+                },
+            )
         })
         .collect();
     let loss = losses.iter().sum::<f64>() / n as f64;
