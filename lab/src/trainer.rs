@@ -488,6 +488,32 @@ mod tests {
     }
 
     #[test]
+    fn lanes_give_the_same_bits_under_any_number_of_threads() {
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        // an odd number of rows, more than one run of them in a lane
+        let config = Config { batch: 5, context: 64, ..config(Method::Spectron, &reference) };
+        let run = |threads: usize| {
+            crate::pool(threads).unwrap().install(|| {
+                let mut trainer = start::<f32>(&config);
+                let mut bits = Vec::new();
+                for step in 0..2 {
+                    let outcome =
+                        trainer.step(&[batch(&config, step), batch(&config, step + 7)], 1.0).unwrap();
+                    bits.extend([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
+                }
+                for x in trainer.params.values.tensors() {
+                    bits.extend(x.to_vec().iter().map(|x| x.to_bits() as u64));
+                }
+                bits
+            })
+        };
+        let one = run(1);
+        for threads in [2, 3, 8] {
+            assert!(run(threads) == one, "{threads} threads give other bits than one");
+        }
+    }
+
+    #[test]
     fn ten_steps_agree_with_pytorch() {
         for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw] {
             let (single, double) = (deviation::<f32>(method), deviation::<f64>(method));

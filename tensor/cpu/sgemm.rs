@@ -36,12 +36,18 @@ pub struct Product<T> {
 /// # Safety
 /// Each pointer must be valid for every element that its sizes and strides reach, and C must not overlap A or B.
 pub unsafe fn sgemm(product: Product<f32>) {
+    // SAFETY: the caller's promise
+    unsafe { sgemm_on(pulp::Arch::new(), product) }
+}
+
+/// # Safety
+/// As [`sgemm`].
+unsafe fn sgemm_on(arch: pulp::Arch, product: Product<f32>) {
     PACKED.with_borrow_mut(|packed| {
         packed.resize(KC * (NC + MC) + 16, 0.0);
         let skip = packed.as_ptr().align_offset(64); // loads of a whole cache line should not straddle two
         let (b, a) = packed[skip..].split_at_mut(KC * NC);
-        // SAFETY: the caller's promise
-        pulp::Arch::new().dispatch(Run { product, packed: [a, b] });
+        arch.dispatch(Run { product, packed: [a, b] });
     })
 }
 
@@ -55,7 +61,7 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         // tile heights: with its accumulators (VECTORS per row), B's VECTORS and A's one, a tile fills the registers
-        // SAFETY: `sgemm` is the only place that makes a `Run`, and has the caller's promise
+        // SAFETY: `sgemm_on` is the only place that makes a `Run`, and has the caller's promise
         unsafe {
             match S::REGISTER_COUNT {
                 _ if S::F32_LANES == 1 => portable_sgemm(self.product),
@@ -293,16 +299,31 @@ unsafe fn tile<S: Simd, const H: usize>(
 mod tests {
     use super::*;
 
-    /// Sizes around the edges of tiles and of blocks.
     #[test]
     fn agrees_with_the_sum_in_f64() {
+        agrees_on(pulp::Arch::new());
+    }
+
+    /// The paths that a newer processor does not take by itself.
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    #[test]
+    fn agrees_with_the_sum_in_f64_on_older_processors() {
+        agrees_on(pulp::Arch::Scalar);
+        match pulp::x86::V3::try_new() {
+            Some(avx2) => agrees_on(pulp::Arch::V3(avx2)),
+            None => println!("no AVX2 here: its path was not tested"),
+        }
+    }
+
+    /// Sizes around the edges of tiles and of blocks.
+    fn agrees_on(arch: pulp::Arch) {
         let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 7) % 2048) as f32 / 1024.0 - 1.0;
         let mut case = 0;
-        for m in [1, 5, 11, 12, 13, 120, 121, 133] {
-            for k in [0, 1, 7, 8, 33, 256, 257, 515] {
-                for n in [1, 15, 16, 31, 32, 33, 70, 1030] {
+        for m in [1, 5, 11, 12, 13, 121, 133] {
+            for k in [0, 1, 7, 8, 257, 515] {
+                for n in [1, 15, 16, 32, 33, 70, 1030] {
                     case += 1;
-                    if m * k * n > 5_000_000 && case % 8 != 0 {
+                    if m * k * n > 2_000_000 && case % 8 != 0 {
                         continue;
                     }
                     let (ta, tb, add) = (case & 1 == 1, case & 2 == 2, case & 4 == 4);
@@ -317,13 +338,16 @@ mod tests {
                     let accum = if add { Accum::Add } else { Accum::Replace };
                     // SAFETY: the strides are those of the vectors' sizes
                     unsafe {
-                        sgemm(Product {
-                            sizes: [m, k, n],
-                            a: (a.as_ptr(), ar, ac),
-                            b: (b.as_ptr(), br, bc),
-                            accum,
-                            c: (c.as_mut_ptr(), n as isize),
-                        });
+                        sgemm_on(
+                            arch,
+                            Product {
+                                sizes: [m, k, n],
+                                a: (a.as_ptr(), ar, ac),
+                                b: (b.as_ptr(), br, bc),
+                                accum,
+                                c: (c.as_mut_ptr(), n as isize),
+                            },
+                        );
                     }
                     for i in 0..m {
                         for j in 0..n {
@@ -339,7 +363,7 @@ mod tests {
                             let got = c[i * n + j] as f64;
                             assert!(
                                 (got - want).abs() <= tolerance,
-                                "{m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
+                                "{arch:?} {m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
                             );
                         }
                     }
