@@ -6,7 +6,9 @@
 mod gradcheck;
 mod ops;
 mod tape;
+mod watch;
 
 pub use gradcheck::{GradCheck, gradcheck};
 pub use ops::{Rope, concat};
-pub use tape::{Grads, NonFinite, OpTime, Tape, Var, VarId};
+pub use tape::{Grads, Tape, Var, VarId};
+pub use watch::{NonFinite, OpTime};

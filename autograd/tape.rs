@@ -1,22 +1,21 @@
 //! The tape, its variables and their gradients. No sorting, no recursion, no gradient stored on a value, nothing to reset.
 //!
+//! Times and the search for what is not finite are in watch.rs.
 //! Letters: x, y variables; dy the gradient of the loss with respect to y.
 
+use super::watch::Clock;
 use crate::tensor::{Accum, Backend, Mat, Shape, Tensor};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
-use std::fmt;
 use std::panic::Location;
-use std::time::{Duration, Instant};
 
 /// What an op does going backward: takes dy, adds to the gradients of its inputs.
 type Backward<B> = Box<dyn FnOnce(Tensor<B>, &mut Grads<B>)>;
 
-struct Node<B: Backend> {
-    op: &'static str,
+pub(super) struct Node<B: Backend> {
+    pub op: &'static str,
     /// Where the user called the op.
-    line: &'static Location<'static>,
-    value: Tensor<B>,
+    pub line: &'static Location<'static>,
+    pub value: Tensor<B>,
     /// Whether a gradient is wanted here: it is a leaf, or depends on one.
     wanted: bool,
     /// None for leaves and constants.
@@ -26,24 +25,10 @@ struct Node<B: Backend> {
 /// The ops of one forward pass, in order.
 pub struct Tape<B: Backend> {
     device: B,
-    nodes: RefCell<Vec<Node<B>>>,
+    pub(super) nodes: RefCell<Vec<Node<B>>>,
     /// Whether backward() has run: old variables must not meet new nodes.
     consumed: Cell<bool>,
-    times: Option<RefCell<Times>>,
-}
-
-/// The calls of one op, and the time they took.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct OpTime {
-    pub calls: usize,
-    pub forward: Duration,
-    pub backward: Duration,
-}
-
-struct Times {
-    /// The end of the op before.
-    last: Instant,
-    ops: BTreeMap<&'static str, OpTime>,
+    pub(super) clock: Clock,
 }
 
 /// A value on a tape. `Copy`; ops are its methods.
@@ -66,19 +51,12 @@ pub struct VarId(usize);
 impl<B: Backend> Tape<B> {
     /// An empty tape for tensors on `device`.
     pub fn new(device: &B) -> Self {
-        Self { device: device.clone(), nodes: RefCell::default(), consumed: Cell::new(false), times: None }
-    }
-
-    /// An empty tape that takes the time of each op: see [`Tape::times`].
-    pub fn timed(device: &B) -> Self {
-        let times = Times { last: Instant::now(), ops: BTreeMap::new() };
-        Self { times: Some(RefCell::new(times)), ..Self::new(device) }
-    }
-
-    /// The time spent so far by name of op; of a tape from [`Tape::new`], nothing. An op's forward is the time since the op
-    /// before it was recorded, so what runs in between counts as the next op's.
-    pub fn times(&self) -> BTreeMap<&'static str, OpTime> {
-        self.times.as_ref().map(|times| times.borrow().ops.clone()).unwrap_or_default()
+        Self {
+            device: device.clone(),
+            nodes: RefCell::default(),
+            consumed: Cell::new(false),
+            clock: Clock::default(),
+        }
     }
 
     /// The device of the tape's tensors.
@@ -141,44 +119,10 @@ impl<B: Backend> Tape<B> {
         backward: Option<Backward<B>>,
     ) -> Var<'_, B> {
         assert!(!self.consumed.get(), "{op}: this tape was consumed by backward(); start a new one");
-        if let Some(times) = &self.times {
-            let mut times = times.borrow_mut();
-            let now = Instant::now();
-            let spent = now - std::mem::replace(&mut times.last, now);
-            let time = times.ops.entry(op).or_default();
-            time.calls += 1;
-            time.forward += spent;
-        }
+        self.clock.recorded(op);
         let mut nodes = self.nodes.borrow_mut();
         nodes.push(Node { op, line: Location::caller(), value, wanted, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
-    }
-
-    /// The names of the recorded ops, in order.
-    pub fn ops(&self) -> Vec<&'static str> {
-        self.nodes.borrow().iter().map(|node| node.op).collect()
-    }
-
-    /// The first op whose value has a NaN or an infinity: the place to look when a loss is not finite.
-    pub fn first_non_finite(&self) -> Option<NonFinite> {
-        let nodes = self.nodes.borrow();
-        let node = nodes.iter().find(|node| !node.value.is_finite())?;
-        Some(NonFinite { op: node.op, line: node.line, shape: node.value.shape() })
-    }
-}
-
-/// An op that produced a NaN or an infinity.
-#[derive(Clone, Debug)]
-pub struct NonFinite {
-    pub op: &'static str,
-    /// Where it was called.
-    pub line: &'static Location<'static>,
-    pub shape: Shape,
-}
-
-impl fmt::Display for NonFinite {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} at {}", self.op, self.shape, self.line)
     }
 }
 
@@ -262,11 +206,7 @@ impl<'t, B: Backend> Var<'t, B> {
             let Some(backward) = node.backward else { continue };
             drop(node.value);
             if let Some(dy) = grads.slots[id].take() {
-                let start = tape.times.as_ref().map(|_| Instant::now());
-                backward(dy, &mut grads);
-                if let (Some(times), Some(start)) = (&tape.times, start) {
-                    times.borrow_mut().ops.entry(node.op).or_default().backward += start.elapsed();
-                }
+                tape.clock.backward(node.op, || backward(dy, &mut grads));
             }
         }
         grads
