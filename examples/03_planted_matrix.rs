@@ -20,11 +20,11 @@
 //!   2^-5            1e-1       1e-9
 //!   2^-4            8e-6       1e-9
 //!   2^-3            1e-6       1e-9
-//!   2^-2            3e-6       1e-9
+//!   2^-2            4e-6       1e-9
 //!   2^-1            1e-5       1e-9
-//!   2^0             5e-5       9e-3
+//!   2^0             6e-5       9e-3
 //!   2^1             2e-4       1e-1
-//!   other starts    1.1e-6     1.0e-9
+//!   other starts    1.0e-6     1.0e-9
 //! from noisy data
 //!   learning rate   Spectron   AdamW
 //!   2^-9            1e0        1e-1

@@ -9,8 +9,8 @@
 //!
 //! ```text
 //! $ cargo run --release --example 06_find_a_bug
-//! ρ = η/(σ_A + σ_B): assert_spectral_norm_le: ‖W‖₂ = 0.11327306707038196 is above the bound 0.1 by 1.327e-2, 1.327e-1 of the bound
-//!   W [1, 1] of rank 2, singular values 1.132731e-1
+//! ρ = η/(σ_A + σ_B): assert_spectral_norm_le: ‖W‖₂ = 0.11403757286351446 is above the bound 0.1 by 1.404e-2, 1.404e-1 of the bound
+//!   W [1, 1] of rank 2, singular values 1.140376e-1
 //!   at η = 0.1, PairCase { m: 1, n: 1, r: 1, scale: 1.0, gauge: 1.0, zero_b: false, seed: 0 }
 //! ρ = η/(σ_A + σ_B + 1): 500 pairs, ‖ΔW‖₂ ≤ η for all
 //! ```
