@@ -320,7 +320,7 @@ fn unusable_input_is_refused_with_a_reason() {
         (&["runs"], "there are runs inside: give runs/a"),
         (&["empty"], "empty has no records in metrics.jsonl yet"),
         (&["broken"], "broken/results.csv has no column `val_loss`"),
-        (&["odd"], "odd/metrics.jsonl line 1: its telemetry is of another form"),
+        (&["odd"], "odd/metrics.jsonl line 1 is no record"),
         (&["runs/a", "--out", "page.txt"], "--out page.txt: give a file whose name ends in .html"),
         (&["runs/a", "--out", "no/such/page.html"], "cannot write no/such/page.html"),
     ] {

@@ -8,12 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Overrides};
 use crate::error::{Error, Result, cannot};
-use crate::run::{Record, read_metrics};
+use crate::run::{Record, Telemetry, read_metrics};
 
 /// Everything a report shows.
 #[derive(Default)]
@@ -186,7 +185,7 @@ impl Run {
         if records.is_empty() {
             return Ok(None);
         }
-        let spectra = spectra(&metrics, &records)?;
+        let spectra = spectra(&records);
         let outcome = read_json(&directory.join("final.json"))?;
         Ok(Some(Run { arm: name.clone(), name, best: true, config, records, spectra, outcome }))
     }
@@ -268,39 +267,20 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     serde_json::from_slice(&bytes).map(Some).map_err(cannot("use", path))
 }
 
-/// The telemetry among the lines whose records are given. Fields that are no numbers (null: not finite) are left out.
-fn spectra(metrics: &Path, records: &[Record]) -> Result<Vec<Spectra>> {
-    #[derive(Deserialize)]
-    struct Line {
-        #[serde(default)]
-        pairs: BTreeMap<String, BTreeMap<String, Value>>,
-        #[serde(default)]
-        hidden: BTreeMap<String, BTreeMap<String, Value>>,
+/// The telemetry of the records that have any, by quantity. What is absent (null: not finite) is left out.
+fn spectra(records: &[Record]) -> Vec<Spectra> {
+    fn numbers<T: Serialize>((name, matrix): (&String, &T)) -> (String, BTreeMap<String, f64>) {
+        let value = serde_json::to_value(matrix).expect("plain values");
+        let fields = value.as_object().into_iter().flatten();
+        (name.clone(), fields.filter_map(|(key, value)| Some((key.clone(), value.as_f64()?))).collect())
     }
-    let bytes = fs::read(metrics).map_err(cannot("read", metrics))?;
-    let mut found = vec![];
-    for (i, (line, record)) in bytes.split(|&b| b == b'\n').zip(records).enumerate() {
-        let line: Line = serde_json::from_slice(line).map_err(|e| {
-            Error::new(format!(
-                "{} line {}: its telemetry is of another form ({e})",
-                metrics.display(),
-                i + 1
-            ))
-        })?;
-        let numbers = |(name, values): (String, BTreeMap<String, Value>)| {
-            (name, values.into_iter().filter_map(|(key, value)| Some((key, value.as_f64()?))).collect())
-        };
-        let matrices: BTreeMap<_, _> = line.pairs.into_iter().chain(line.hidden).map(numbers).collect();
-        if !matrices.is_empty() {
-            found.push(Spectra {
-                step: record.step,
-                tokens: record.tokens,
-                seconds: record.seconds,
-                matrices,
-            });
-        }
-    }
-    Ok(found)
+    let one = |record: &Record| {
+        let Telemetry { pairs, hidden } = &record.telemetry;
+        let matrices: BTreeMap<_, _> = pairs.iter().map(numbers).chain(hidden.iter().map(numbers)).collect();
+        let Record { step, tokens, seconds, .. } = *record;
+        (!matrices.is_empty()).then_some(Spectra { step, tokens, seconds, matrices })
+    };
+    records.iter().filter_map(one).collect()
 }
 
 /// study.toml's `title` or `name`, where it has one.
