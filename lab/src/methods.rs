@@ -37,8 +37,7 @@ pub struct Entry<B: Backend> {
 }
 
 /// The table. Rates: for `spectron`, `adamw` and `dense-adamw` the best at `tiny` in 2,000 steps; for the others the best `lr` of
-/// three or four, factors of 2 to 3 apart, at `tiny` in 200 steps and one seed: starting points for a grid, no more.
-/// `self-guided-cheap` has the rates of `self-guided`.
+/// a grid of factors of 2 at `tiny` in 500 steps (docs/results.md): starting points for a grid of your own, no more.
 pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     use Matrices::{Dense, Factored, Guided};
     let line = |matrices, lr, adam_lr, flops| Entry { matrices, lr, adam_lr, flops };
@@ -49,14 +48,14 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
             line(Factored(spectron_certified), 0.025, 4e-3, flops::spectron_certified)
         }
         Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
-        Method::MuonFactors => line(Factored(muon_factors), 0.02, 4e-3, flops::muon),
-        Method::Renormalised => line(Factored(renormalised), 0.1, 4e-3, flops::renormalised),
-        Method::MomentumFactors => line(Factored(momentum_factors), 1.0, 4e-3, flops::momentum_only),
+        Method::MuonFactors => line(Factored(muon_factors), 0.01, 4e-3, flops::muon),
+        Method::Renormalised => line(Factored(renormalised), 0.05, 4e-3, flops::renormalised),
+        Method::MomentumFactors => line(Factored(momentum_factors), 2.0, 4e-3, flops::momentum_only),
         Method::LoraMuon => line(Factored(lora_muon), 0.025, 4e-3, flops::lora_muon),
         Method::SelfGuided => line(Guided { skip: false }, 2e-3, 2e-3, flops::adamw),
-        Method::SelfGuidedCheap => line(Guided { skip: true }, 2e-3, 2e-3, flops::adamw),
+        Method::SelfGuidedCheap => line(Guided { skip: true }, 1e-3, 1e-3, flops::adamw),
         Method::DenseAdamw => line(Dense(dense_adamw), 1e-3, 1e-3, flops::adamw),
-        Method::DenseMuon => line(Dense(dense_muon), 0.04, 4e-3, flops::muon),
+        Method::DenseMuon => line(Dense(dense_muon), 0.01, 4e-3, flops::muon),
     }
 }
 
