@@ -401,7 +401,7 @@ fn each_kind_has_its_arms_and_tables() {
     assert_eq!(arms("c")[..5], parts.map(|part| format!("adamw-{part}")));
     assert_eq!(arms("c")[5..7], ["dense-muon-base", "dense-muon-nesterov"]);
     let all: toml::Table =
-        desk.text("c/runs/dense-muon-all-lr0.04-adam0.004-seed1/config.toml").parse().unwrap();
+        desk.text("c/runs/dense-muon-all-lr0.01-adam0.004-seed1/config.toml").parse().unwrap();
     assert_eq!((all["nesterov"].as_bool(), all["zero_init_output"].as_bool()), (Some(true), Some(true)));
     assert_eq!((all["schedule"].as_str(), all["lr_scale"].as_str()), (Some("linear"), Some("shape")));
     assert_eq!(all["final_lr_fraction"].as_float(), Some(0.0));
