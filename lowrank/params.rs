@@ -161,15 +161,6 @@ pub struct ParamVars<'t, B: Backend> {
 }
 
 impl<B: Backend> ParamVars<'_, B> {
-    /// Each gradient so far with its variable, for [`Var::backward_onto`].
-    pub fn pair_up(&self, gradients: Values<B>) -> impl Iterator<Item = (VarId, Tensor<B>)> {
-        let factors = self.pairs.iter().flat_map(|p| [p.a, p.b]);
-        let vars = factors.chain(self.hidden.iter().copied()).chain(self.dense.iter().copied());
-        let Values { pairs, hidden, dense } = gradients;
-        let gradients = pairs.into_iter().flat_map(|p| [p.a, p.b]).chain(hidden).chain(dense);
-        vars.map(Var::id).zip(gradients)
-    }
-
     /// The gradients of all parameters, in their layout; zeros for those that the loss does not reach.
     pub fn gradients(&self, mut grads: Grads<B>) -> Values<B> {
         let mut take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device());
@@ -178,6 +169,15 @@ impl<B: Backend> ParamVars<'_, B> {
             hidden: self.hidden.iter().map(&mut take).collect(),
             dense: self.dense.iter().map(&mut take).collect(),
         }
+    }
+
+    /// Each gradient so far with its variable, for [`Var::backward_onto`].
+    pub fn pair_up(&self, gradients: Values<B>) -> impl Iterator<Item = (VarId, Tensor<B>)> {
+        let factors = self.pairs.iter().flat_map(|p| [p.a, p.b]);
+        let vars = factors.chain(self.hidden.iter().copied()).chain(self.dense.iter().copied());
+        let Values { pairs, hidden, dense } = gradients;
+        let gradients = pairs.into_iter().flat_map(|p| [p.a, p.b]).chain(hidden).chain(dense);
+        vars.map(Var::id).zip(gradients)
     }
 }
 
