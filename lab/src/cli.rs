@@ -86,19 +86,6 @@ pub struct TrainArgs {
     pub overrides: Overrides,
 }
 
-impl TrainArgs {
-    /// The flags over those of the --config file, if there is one.
-    ///
-    /// # Errors
-    /// Those of [`Overrides::from_file`].
-    pub fn asked(&self) -> Result<Overrides> {
-        match &self.config {
-            Some(path) => self.overrides.over(&Overrides::from_file(path)?),
-            None => Ok(self.overrides.clone()),
-        }
-    }
-}
-
 /// Flags of `eval`.
 #[derive(Args, Debug)]
 #[command(after_help = "Example: rankgrad eval runs/spectron-tiny-001 --data shakespeare.txt --json")]
@@ -265,19 +252,6 @@ pub struct StudyArgs {
     pub overrides: Overrides,
 }
 
-impl StudyArgs {
-    /// The flags over those of the --config file, if there is one.
-    ///
-    /// # Errors
-    /// Those of [`Overrides::from_file`].
-    pub fn asked(&self) -> Result<Overrides> {
-        match &self.config {
-            Some(path) => self.overrides.over(&Overrides::from_file(path)?),
-            None => Ok(self.overrides.clone()),
-        }
-    }
-}
-
 /// Flags of `report`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -317,7 +291,7 @@ mod tests {
     fn flags_reach_the_configuration() {
         let line = "train --method adamw --data a b --kv-heads 2 --tie --zero-init-output=false --lr 1e-3";
         let Ok(Command::Train(args)) = parse(line) else { panic!() };
-        let config = args.asked().unwrap().resolve().unwrap();
+        let config = args.overrides.over_file(args.config.as_deref()).unwrap().resolve().unwrap();
         assert_eq!((config.method, config.kv_heads, config.lr), (Method::Adamw, 2, 1e-3));
         assert_eq!((config.tie, config.zero_init_output, config.data.len()), (true, false, 2));
     }
@@ -330,7 +304,7 @@ mod tests {
         let Ok(Command::Train(args)) = parse(&format!("train --lr 0.5 --config {}", path.display())) else {
             panic!()
         };
-        let config = args.asked().unwrap().resolve().unwrap();
+        let config = args.overrides.over_file(args.config.as_deref()).unwrap().resolve().unwrap();
         assert_eq!((config.lr, config.batch), (0.5, 3));
     }
 

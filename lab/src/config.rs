@@ -361,6 +361,17 @@ impl Overrides {
         })
     }
 
+    /// These values over those of the file, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`Overrides::from_file`].
+    pub fn over_file(&self, path: Option<&Path>) -> Result<Self> {
+        match path {
+            Some(path) => self.over(&Self::from_file(path)?),
+            None => Ok(self.clone()),
+        }
+    }
+
     /// These values, and those of `base` where there are none here.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ use crate::trainer::{Trainer, schedule};
 /// # Errors
 /// Bad configuration or data, a directory that cannot be used, a run that diverges.
 pub fn train(args: &TrainArgs) -> Result<()> {
-    let asked = args.asked()?;
+    let asked = args.overrides.over_file(args.config.as_deref())?;
     let (config, saved) = match &args.resume {
         None => (asked.resolve()?, None),
         Some(directory) => {

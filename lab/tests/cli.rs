@@ -3,60 +3,37 @@
 //! Everything runs on a small made-up text and a model of a few thousand parameters. Losses that mean something are
 //! measured in docs/results.md, not here.
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tempfile::TempDir;
 
 /// A model of 12,000 parameters.
 const SMALL: &str =
     "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 4\nrank_ratio = 0.5\nadam_lr = 0.01\n";
 
-struct Desk {
-    dir: TempDir,
+/// What these tests ask of a desk beside what all do.
+struct Desk(common::Desk);
+
+impl std::ops::Deref for Desk {
+    type Target = common::Desk;
+    fn deref(&self) -> &common::Desk {
+        &self.0
+    }
 }
 
 impl Desk {
-    /// A temporary directory with a text of 20 kB whose next byte can mostly be told, and a configuration.
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let text: String = (0..2000).map(|i| format!("{} is odd. ", 2 * (i * i % 97) + 1)).collect();
-        std::fs::write(dir.path().join("text"), text).unwrap();
-        std::fs::write(dir.path().join("small.toml"), SMALL).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rankgrad"));
-        command.args(line.split_whitespace()).current_dir(self.dir.path());
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line).output().unwrap()
+        Self(common::Desk::new(SMALL))
     }
 
     /// Standard output of a command that must succeed.
     fn ok(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{line}\n{errors}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Standard error of a command that must fail with one `error:` line or a usage message.
-    fn refused(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success(), "{line} succeeded");
-        assert!(errors.contains("error:") && !errors.contains("panicked"), "{line}\n{errors}");
-        errors
+        let [output, _] = self.succeeds(line);
+        output
     }
 
     fn train(&self, out: &str, more: &str) -> String {
@@ -432,7 +409,7 @@ fn a_full_disk_loses_nothing() {
     let before = desk.tensors("run");
     // no file may grow beyond 8 blocks of 1 KiB: the next checkpoint cannot be written
     let line = format!("trap '' XFSZ; ulimit -f 8; {} train --resume run", env!("CARGO_BIN_EXE_rankgrad"));
-    let output = Command::new("bash").args(["-c", &line]).current_dir(desk.dir.path()).output().unwrap();
+    let output = Command::new("bash").args(["-c", &line]).current_dir(desk.path("")).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && errors.contains("cannot write"), "{errors}");
     assert_eq!(before, desk.tensors("run"));

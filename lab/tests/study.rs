@@ -2,58 +2,37 @@
 //!
 //! Everything runs on a small made-up text and a model of a few thousand parameters; which method is best there means nothing.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tempfile::TempDir;
 
 /// A model of 12,000 parameters.
 const SMALL: &str = "data = [\"text\"]\ndim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 4\nrank_ratio = 0.5\n\
                      eval_every = 0\n";
 
-struct Desk {
-    dir: TempDir,
+/// What these tests ask of a desk beside what all do.
+struct Desk(common::Desk);
+
+impl std::ops::Deref for Desk {
+    type Target = common::Desk;
+    fn deref(&self) -> &common::Desk {
+        &self.0
+    }
 }
 
 impl Desk {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let text: String = (0..2000).map(|i| format!("{} is odd. ", 2 * (i * i % 97) + 1)).collect();
-        std::fs::write(dir.path().join("text"), text).unwrap();
-        std::fs::write(dir.path().join("small.toml"), SMALL).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rankgrad"));
-        command.args(line.split_whitespace()).current_dir(self.dir.path());
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line).output().unwrap()
+        Self(common::Desk::new(SMALL))
     }
 
     /// Standard error of a command that must succeed.
     fn ok(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.success(), "{line}\n{errors}");
-        errors
-    }
-
-    fn refused(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success(), "{line} succeeded");
-        assert!(errors.contains("error:") && !errors.contains("panicked"), "{line}\n{errors}");
+        let [_, errors] = self.succeeds(line);
         errors
     }
 
@@ -330,7 +309,7 @@ fn a_full_disk_stops_the_study_with_its_message() {
     let study =
         "study methods --config small.toml --steps 5 --methods spectron --grid 1 --seeds 1,2 --out s --quiet";
     let line = format!("trap '' XFSZ; ulimit -f 8; {} {study}", env!("CARGO_BIN_EXE_rankgrad"));
-    let output = Command::new("bash").args(["-c", &line]).current_dir(desk.dir.path()).output().unwrap();
+    let output = Command::new("bash").args(["-c", &line]).current_dir(desk.path("")).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && errors.contains("error: cannot write s/runs/"), "{errors}");
     desk.ok(study);

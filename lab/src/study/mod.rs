@@ -44,7 +44,7 @@ struct Settings {
 /// # Errors
 /// Bad options or data, another study's directory, files that cannot be written.
 pub fn study(args: &StudyArgs) -> Result<()> {
-    let mut asked = args.asked()?;
+    let mut asked = args.overrides.over_file(args.config.as_deref())?;
     let threads = asked.model.threads.take().unwrap_or(1); // changes no result, so it is no setting
     let out = asked.training.out.take();
     let training = &mut asked.training;
