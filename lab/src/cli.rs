@@ -204,7 +204,8 @@ In the tables: \"interior: NO\" says that the best rate is still the last of its
 standard deviation over seeds. A loss spike: recorded training losses (each --log-every steps) that exceed the exponentially \
 weighted mean of the preceding ones by more than max(0.5 nats, 6 of their standard deviations); weights fall by 0.9 a record, \
 the first ten are never one, spikes do not enter the mean, consecutive ones count once. A rate survives (stability) if every \
-seed ends with a finite loss below ln(vocab), that of guessing.
+seed keeps half of what the best rate learns beyond byte frequencies: its final loss is at most halfway from the best rate's to \
+that of a model that only knows how often each byte comes.
 
 Limits of `long`, checked in its table and never enforced: no divergence, no spike; the mean training loss of the last tenth of \
 the run at most 0.1 nats above that of the best tenth; σ_W, σ_A and σ_B at most 4 times those of the second tenth (each the \
