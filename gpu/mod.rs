@@ -1,0 +1,5 @@
+//! NVIDIA GPUs.
+
+mod probe;
+
+pub use probe::{Found, LIBS, Unavailable, devices};
