@@ -119,14 +119,15 @@ inline const char* run_block(unsigned schedule) {
         begin_at(fiber.context, start, fiber.stack.get(), STACK);
     }
     Random random = {schedule * 0x9E3779B97F4A7C15ull + 1};
+    uint64_t held = 0; // a bit for each warp: for some rounds, so that others come far ahead
     for (;;) {
-        uint64_t held = 0; // a bit for each warp
         if (schedule > 1) {
             for (unsigned i = n - 1; i > 0; i--) std::swap(order[i], order[random.next() % (i + 1)]);
-            held = random.next();
+            if (random.next() % 16 == 0) held = random.next();
         }
         bool ran = false;
-        for (int attempt = 0; attempt < 2 && !ran; attempt++, held = 0) { // nobody: then those held back
+        for (int attempt = 0; attempt < 2 && !ran; attempt++) {
+            if (attempt == 1) held = 0; // nobody else can run
             for (unsigned i : order) {
                 if (fibers[i].state != Fiber::READY || (held >> i / LANES & 1)) continue;
                 current = &fibers[i];

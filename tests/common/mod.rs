@@ -37,7 +37,9 @@ pub fn simulated_gpu() -> Option<Cuda<f32>> {
 pub fn skip_without_compiler<T>(opened: Result<T, String>) -> Option<T> {
     match opened {
         Ok(opened) => Some(opened),
-        Err(why) if why.starts_with("no C++ compiler") && std::env::var_os("RANKGRAD_REQUIRE_CXX").is_none() => {
+        Err(why)
+            if why.starts_with("no C++ compiler") && std::env::var_os("RANKGRAD_REQUIRE_CXX").is_none() =>
+        {
             println!("skipped: {why}");
             None
         }
