@@ -371,6 +371,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Method, Overrides};
+    use rankgrad::gpu::{Cuda, Simulator};
     use rankgrad::tensor::Scalar;
     use serde_json::Value;
 
@@ -425,8 +426,8 @@ mod tests {
         names
     }
 
-    fn start<T: Scalar>(config: &Config) -> Trainer<Cpu<T>> {
-        let mut trainer = Trainer::new(&Cpu::default(), config);
+    fn start<B: Backend>(device: &B, config: &Config) -> Trainer<B> {
+        let mut trainer = Trainer::new(device, config);
         let order = names(config);
         let own: Vec<String> = trainer.params.names().collect();
         for (name, x) in own.iter().zip(trainer.params.values.tensors_mut()) {
@@ -438,7 +439,7 @@ mod tests {
                 _ if config.factored() => 0.35 * noise(i, p),
                 _ => 0.15 * noise(i, p),
             };
-            *x = Tensor::from_fn(&Cpu::default(), x.shape(), |i| T::of(value(i)));
+            *x = Tensor::from_fn(device, x.shape(), |i| B::Elem::of(value(i)));
         }
         trainer
     }
@@ -460,11 +461,11 @@ mod tests {
     }
 
     /// The largest relative deviation of losses and gradient norms, and of the final parameters' sums of squares.
-    fn deviation<T: Scalar>(method: Method) -> f64 {
+    fn deviation<B: Backend>(device: &B, method: Method) -> f64 {
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(method, &reference);
         let want = &reference["methods"][crate::config::name(method)];
-        let mut trainer = start::<T>(&config);
+        let mut trainer = start(device, &config);
         let mut worst = 0.0f64;
         let mut compare = |got: f64, want: &Value, what: &str| {
             let want = want.as_f64().unwrap();
@@ -494,7 +495,7 @@ mod tests {
         let config = Config { batch: 5, context: 64, ..config(Method::Spectron, &reference) };
         let run = |threads: usize| {
             crate::pool(threads).unwrap().install(|| {
-                let mut trainer = start::<f32>(&config);
+                let mut trainer = start(&Host::default(), &config);
                 let mut bits = Vec::new();
                 for step in 0..2 {
                     let outcome =
@@ -516,11 +517,27 @@ mod tests {
     #[test]
     fn ten_steps_agree_with_pytorch() {
         for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw] {
-            let (single, double) = (deviation::<f32>(method), deviation::<f64>(method));
+            let (single, double) =
+                (deviation(&Cpu::<f32>::default(), method), deviation(&Cpu::<f64>::default(), method));
             println!("{}: f32 {single:.1e}, f64 {double:.1e}", crate::config::name(method));
             assert!(single < 1e-5, "{method:?} in f32: {single:e}");
             // the reference is printed with 17 digits; what remains is rounding, grown over ten steps
             assert!(double < 1e-11, "{method:?} in f64: {double:e}");
+        }
+    }
+
+    /// The GPU backend, on the simulator of its kernels.
+    #[test]
+    fn ten_steps_on_the_gpu_agree_with_pytorch() {
+        let simulator = match Simulator::new() {
+            Err(why) if why.starts_with("no C++ compiler") => return println!("skipped: {why}"),
+            opened => opened.unwrap(),
+        };
+        let gpu = Cuda::on(std::sync::Arc::new(simulator));
+        for method in [Method::Spectron, Method::DenseAdamw] {
+            let error = deviation(&gpu, method);
+            println!("{}: {error:.1e}", crate::config::name(method));
+            assert!(error < 1e-5, "{method:?}: {error:e}");
         }
     }
 }
