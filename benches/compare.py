@@ -38,7 +38,7 @@ LONGEST = 900  # seconds of a run
 UNSTEADY = 0.05  # share of the cores that other programs may take
 # A run of all of nanoGPT's CPU recipe ends near 1.88; this is the loss that both must reach.
 LOSS = 1.8857
-RECIPE = ("--method spectron --layers 3 --context 128 --batch 4 --steps 550 --lr 0.05 --adam-lr 0.01 --warmup 10 --schedule linear "
+RECIPE = ("--method spectron --layers 3 --context 128 --batch 4 --steps 600 --lr 0.05 --adam-lr 0.01 --warmup 10 --schedule linear "
           "--final-lr-fraction 0 --nesterov --zero-init-output --init-std 0.06").split()
 
 # What the project asks of itself: ratios over "best" and "stock".

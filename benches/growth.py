@@ -2,7 +2,7 @@
 
 Runs `rankgrad bench` at each size, every other round in reverse, and prints the tables of docs/performance.md, "How cost grows".
 Two layers of width 256 unless the width is what grows, heads of 64, ffn 8/3 of the width, bytes, method spectron at rank ratio
-0.25; 8,192 tokens per step where the context grows, else 2,048 in sequences of 128. One thread, so that a row depends on one
+0.25; 4,096 tokens per step where the context grows, else 2,048 in sequences of 128. One thread, so that a row depends on one
 core alone. Not a comparison with other programs (compare.py), nor a profile (`rankgrad bench --profile`).
 Run:     cargo build --release && python3 benches/growth.py [--threads 1] [--rounds 2] [--steps 3] [--out FILE]
 Needs Python 3 alone; about three minutes on a quiet core. "elapsed/FLOPs" is the growth of the step's time over that of its
