@@ -53,6 +53,8 @@ pub enum Command {
     /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
     /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
     Report(ReportArgs),
+    /// List what there is to compute on, or say why there is no GPU
+    Devices,
 }
 
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";

@@ -9,6 +9,7 @@ mod checkpoint;
 mod cli;
 mod config;
 mod data;
+mod device;
 mod error;
 mod export;
 mod flops;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Devices => device::devices(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -96,7 +96,8 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     let frequencies = corpus.frequency_loss();
     let shown = Mutex::new(String::new());
     let report = |outcomes: &execute::Outcomes| {
-        *shown.lock().expect("nobody panics with it") = tables::write(&directory, &plan, frequencies, outcomes)?;
+        *shown.lock().expect("nobody panics with it") =
+            tables::write(&directory, &plan, frequencies, outcomes)?;
         Ok(())
     };
     let complete = Study {
