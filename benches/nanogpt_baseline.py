@@ -115,6 +115,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss; compiling counts as training")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, progress on stderr")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -125,6 +126,7 @@ def main():
     parameters = list(model.parameters())
     optimizer = adamw(parameters, LR)
     generator = torch.Generator().manual_seed(args.seed)
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
     history, training = [], 0.0
     start = perf_counter()
     mark = start
@@ -140,7 +142,7 @@ def main():
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
-        loss = model.loss(*draw(train, generator))  # []
+        loss = loss_of(*draw(train, generator))  # []
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(parameters, 1.0)

@@ -1,4 +1,4 @@
-"""The PyTorch measuring stick: the Llama-style decoder of this project, and Spectron, as a seasoned PyTorch user writes them.
+"""The PyTorch measuring stick: the Llama-style decoder of this project, Spectron and Muon, as a seasoned PyTorch user writes them.
 
 One definition for every script here: in float64 it gives the reference losses, in float32 it is what we time.
 Not a part of the library, which neither needs nor imports Python; not a guard against zero-initialised factors.
@@ -150,6 +150,18 @@ def power_iteration(w, u):
     return sigma, u
 
 
+def stacks(tensors: list) -> dict:
+    """Makes the tensors views of one buffer per shape; returns the shape's indices and its buffer [n, m, r], by shape."""
+    found = {}
+    for shape in sorted({t.shape for t in tensors}):
+        ids = [i for i, t in enumerate(tensors) if t.shape == shape]
+        stack = torch.stack([tensors[i].data for i in ids])  # [n, m, r]
+        for view, i in zip(stack, ids):
+            tensors[i].data = view
+        found[shape] = (ids, stack)
+    return found
+
+
 class Spectron:
     """Spectron (Janson, Oyallon, Belilovsky; arXiv 2602.12429) on factor pairs, all factors of one shape at once.
 
@@ -161,15 +173,10 @@ class Spectron:
                  start=lambda m: torch.randn(m)):
         self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
         factors = [f for p in pairs for f in (p.A, p.B)]  # factor 2i is A of pair i, 2i + 1 its B
-        shapes = sorted({f.shape for f in factors})
         self.groups = []
         order = []
-        for shape in shapes:
-            ids = [i for i, f in enumerate(factors) if f.shape == shape]
+        for shape, (ids, stack) in stacks(factors).items():
             order += ids
-            stack = torch.stack([factors[i].data for i in ids])  # [n, m, r]
-            for view, i in zip(stack, ids):
-                factors[i].data = view
             ema = torch.zeros_like(stack)  # [n, m, r]
             self.groups.append({
                 "factors": [factors[i] for i in ids],
@@ -202,6 +209,32 @@ class Spectron:
                 f.grad = None
 
 
+class Muon:
+    """Muon (Jordan et al. 2024) on whole matrices, all of one shape at once; the update is scaled by √max(1, rows/cols)."""
+
+    def __init__(self, matrices: list, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
+        self.groups = []
+        for ids, stack in stacks(matrices).values():
+            ema = torch.zeros_like(stack)  # [n, m, r]
+            self.groups.append((stack, ema, list(ema), [matrices[i] for i in ids]))
+
+    @torch.no_grad()
+    def step(self):
+        for stack, ema, views, matrices in self.groups:
+            torch._foreach_lerp_(views, [w.grad for w in matrices], 1.0 - self.momentum)
+            rows, cols = stack.shape[1:]
+            update = newton_schulz(ema) if rows >= cols else newton_schulz(ema.mT).mT  # [n, m, r]
+            if self.weight_decay:
+                stack.mul_(1.0 - self.lr * self.weight_decay)
+            stack.add_(update, alpha=-self.lr * math.sqrt(max(1.0, rows / cols)))
+
+    def zero_grad(self):
+        for _, _, _, matrices in self.groups:
+            for w in matrices:
+                w.grad = None
+
+
 def adamw(parameters, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.1):
     """AdamW that decays matrices and leaves gains alone."""
     parameters = list(parameters)
@@ -213,13 +246,18 @@ def adamw(parameters, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.1):
 
 
 def optimizers(model: Decoder, method: str, lr: float, adam_lr: float, weight_decay: float = 0.1, **spectron):
-    """What trains the model: [Spectron for the pairs, AdamW for the rest], or [AdamW] for everything."""
-    if method != "spectron":
+    """What trains the model: [Spectron for the pairs or Muon for the blocks' matrices, AdamW for the rest], or [AdamW]."""
+    if method == "spectron":
+        moved = [f for p in model.pairs() for f in (p.A, p.B)]
+        special = Spectron(model.pairs(), lr, weight_decay, **spectron)
+    elif method == "dense-muon":
+        moved = [m.W for m in model.blocks.modules() if isinstance(m, Dense)]
+        special = Muon(moved, lr, weight_decay)
+    else:
         return [adamw(model.parameters(), adam_lr, weight_decay=weight_decay)]
-    pairs = model.pairs()
-    in_pairs = {id(f) for p in pairs for f in (p.A, p.B)}
-    rest = [p for p in model.parameters() if id(p) not in in_pairs]
-    return [Spectron(pairs, lr, weight_decay, **spectron), adamw(rest, adam_lr, weight_decay=weight_decay)]
+    ids = {id(p) for p in moved}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [special, adamw(rest, adam_lr, weight_decay=weight_decay)]
 
 
 @torch.no_grad()

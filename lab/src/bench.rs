@@ -29,6 +29,9 @@ struct Report {
     tokens_per_second: f64,
     /// The model's matrix products, forward and backward, per second of the whole step.
     gflops: f64,
+    /// What flops.rs counts: of those products, and of the optimizer.
+    product_flops: f64,
+    optimizer_flops: f64,
     params: usize,
     peak_memory_mib: Option<f64>,
 }
@@ -119,6 +122,7 @@ fn measure(config: &Config, steps: usize, profile: bool) -> Result<(Report, OpTi
     let seconds = median(&|(_, total)| *total);
     let tokens_per_step = tokens * config.accumulate;
     let flops = step_flops(config);
+    let product_flops = flops.forward + flops.backward + flops.guide_products;
     let report = Report {
         preset: config.preset,
         method: config.method,
@@ -130,7 +134,9 @@ fn measure(config: &Config, steps: usize, profile: bool) -> Result<(Report, OpTi
         optimizer_ms: 1e3 * median(&|(s, _)| s.optimizer.as_secs_f64()),
         step_ms: 1e3 * seconds,
         tokens_per_second: tokens_per_step as f64 / seconds,
-        gflops: (flops.forward + flops.backward + flops.guide_products) / seconds / 1e9,
+        gflops: product_flops / seconds / 1e9,
+        product_flops,
+        optimizer_flops: flops.optimizer,
         params: trainer.params.count(),
         peak_memory_mib: peak_memory_mib(),
     };

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{ModelOptions, Overrides};
 use crate::error::{Error, Result};
@@ -42,6 +42,8 @@ pub enum Command {
     /// Per pair: shape, rank, σ(A), σ(B), σ(W), stable rank, and the gauge imbalance ‖AᵀA − BᵀB‖; ρ, ‖ΔW‖/‖W‖, ‖ΔW‖/η and
     /// the shrink by weight decay of the newest step with telemetry. Matrices kept whole: σ(W) (an estimate), stable rank.
     Inspect(InspectArgs),
+    /// Write a checkpoint's model in the layout of Hugging Face's Llama
+    Export(ExportArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
     /// Compare training methods fairly: many runs, learning rates and seeds, tables
@@ -171,6 +173,29 @@ pub struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// The layout of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// config.json, model.safetensors, tokenizer.json: what transformers' LlamaForCausalLM and AutoTokenizer load
+    HfLlama,
+}
+
+/// Flags of `export`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad export runs/spectron-tiny-001 model --to hf-llama")]
+pub struct ExportArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub directory: PathBuf,
+    /// What to write
+    #[arg(long, default_value = "hf-llama")]
+    pub to: Layout,
+    /// Keep factor pairs as NAME.A and NAME.B instead of their product; a README beside them says how to load them
+    #[arg(long)]
+    pub factorized: bool,
 }
 
 /// Flags of `bench`.
