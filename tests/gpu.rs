@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{bits, rng, simulated_gpu, skip_without_compiler};
+use common::{bits, gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
 use rankgrad::gpu::{Cuda, Simulator, kernels};
@@ -49,7 +49,7 @@ fn attention<B: Backend>(device: &B, [tq, tk, h]: [usize; 3], how: Attention) ->
 
 #[test]
 fn attention_of_every_head_size() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     for (i, h) in [1, 8, 31, 32, 33, 64, 65, 96, 127, 128].into_iter().enumerate() {
         let how = Attention { batch: 2, heads: 2, kv_heads: 1 + i % 2, causal: i % 3 != 0 };
         for sizes in [[70, 97, h], [33, 33, h]] {
@@ -66,14 +66,14 @@ fn attention_of_every_head_size() {
 #[test]
 #[should_panic(expected = "on GPUs a head has at most 128 columns, not 129")]
 fn a_head_that_is_too_wide_is_refused() {
-    let Some(gpu) = simulated_gpu() else { panic!("on GPUs a head has at most 128 columns, not 129") };
+    let Some(gpu) = gpu() else { panic!("on GPUs a head has at most 128 columns, not 129") };
     let how = Attention { batch: 1, heads: 1, kv_heads: 1, causal: true };
     attention(&gpu, [2, 2, 129], how);
 }
 
 #[test]
 fn norms_of_large_small_and_missing_values() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let norm = |values: Vec<f32>| Tensor::from_vec(&gpu, [values.len()], values).norm(); // [n]
     assert!((norm(vec![1e30; 10_000]) / 1e32 - 1.0).abs() < 1e-6);
     assert!((norm(vec![1e-40; 10_000]) / 1e-38 - 1.0).abs() < 1e-5); // 1e-40 has 17 bits
@@ -89,7 +89,7 @@ fn norms_of_large_small_and_missing_values() {
 
 #[test]
 fn nothing_is_read_that_is_to_be_replaced() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let (x, w) = (draw(&gpu, 1, &[5, 7]), draw(&gpu, 2, &[7, 3])); // [5, 7], [7, 3]
     let mut y = Tensor::scratch(&gpu, [5, 7]); // [5, 7]: NaN on the simulator
     y.axpby(2.0, &x, 0.0);
@@ -107,7 +107,7 @@ fn nothing_is_read_that_is_to_be_replaced() {
 
 #[test]
 fn a_shared_tensor_is_copied_before_it_is_written() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let x = draw(&gpu, 1, &[40]); // [40]
     let mut y = x.clone();
     y.axpby(1.0, &x, 1.0);
@@ -117,7 +117,7 @@ fn a_shared_tensor_is_copied_before_it_is_written() {
 
 #[test]
 fn tensors_without_elements() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let none = Tensor::zeros(&gpu, [0, 3]); // [0, 3]
     assert_eq!(none.add(&none).to_f64(), [0f64; 0]);
     assert_eq!(Cuda::sum_rows(&none).to_f64(), [0.0; 3]);
@@ -130,7 +130,7 @@ fn tensors_without_elements() {
 
 #[test]
 fn indices_out_of_range_are_refused() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let table = draw(&gpu, 1, &[4, 3]); // [4, 3]
     let panics = |f: &dyn Fn()| catch_unwind(AssertUnwindSafe(f)).is_err();
     assert!(panics(&|| drop(Cuda::embedding(&table, &[4]))));
@@ -173,7 +173,7 @@ fn spectron_steps<B: Backend>(device: &B) -> Vec<Vec<f64>> {
 
 #[test]
 fn spectron_steps_agree_with_the_cpu() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let exact = spectron_steps(&Cpu::<f64>::default());
     let cpu = spectron_steps(&Cpu::<f32>::default());
     for ((gpu, cpu), exact) in spectron_steps(&gpu).iter().zip(&cpu).zip(&exact) {
@@ -186,7 +186,7 @@ fn spectron_steps_agree_with_the_cpu() {
 /// Other schedules of the threads, the same bits.
 #[test]
 fn the_order_of_threads_does_not_matter() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let first = workload(&gpu);
     for _ in 0..4 {
         assert!(workload(&gpu).iter().map(bits).eq(first.iter().map(bits)));

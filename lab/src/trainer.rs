@@ -531,8 +531,13 @@ mod tests {
         }
     }
 
-    /// The GPU backend, on the simulator of its kernels; None, and a line that says so, without a C++ compiler.
-    fn simulated_gpu() -> Option<Cuda<f32>> {
+    /// The GPU backend: on the GPU whose number is in RANKGRAD_TEST_GPU, else on its simulator; None, and a line that says so,
+    /// without a C++ compiler.
+    fn gpu() -> Option<Cuda<f32>> {
+        #[cfg(feature = "cuda")]
+        if let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") {
+            return Some(Cuda::open(ordinal.parse().expect("a number")).unwrap());
+        }
         match Simulator::new() {
             Err(why)
                 if why.starts_with("no C++ compiler")
@@ -547,7 +552,7 @@ mod tests {
 
     #[test]
     fn ten_steps_on_the_gpu_agree_with_pytorch() {
-        let Some(gpu) = simulated_gpu() else { return };
+        let Some(gpu) = gpu() else { return };
         for method in [Method::Spectron, Method::DenseAdamw] {
             let error = deviation(&gpu, method);
             println!("{}: {error:.1e}", crate::config::name(method));
@@ -557,7 +562,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_moves_between_processor_and_gpu() {
-        let Some(gpu) = simulated_gpu() else { return };
+        let Some(gpu) = gpu() else { return };
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(Method::Spectron, &reference);
         let meta = || Meta {
