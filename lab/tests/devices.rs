@@ -66,7 +66,8 @@ const LITTLE: &str = "--layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 1
 
 #[test]
 fn auto_is_the_processor_where_there_is_no_gpu() {
-    let mut bench = common::Desk::new("").command(&format!("bench --steps 1 --device auto {LITTLE}"));
+    let desk = common::Desk::new("");
+    let mut bench = desk.command(&format!("bench --steps 1 --device auto {LITTLE}"));
     let output = bench.env("LD_LIBRARY_PATH", "/nowhere").output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(
@@ -112,4 +113,52 @@ fn this_machine_gets_an_answer_too() {
     let error = common::Desk::new("").refused("bench --steps 1 --device cuda:99");
     assert!(error.starts_with("error: --device cuda: ") && error.lines().count() == 1, "{error}");
     assert!(answer.contains("\ncuda:0:") == error.contains("there is no cuda:99"), "{error}");
+}
+
+/// The whole program on a driver, a cuBLAS and an NVRTC that are made of the kernels' simulator (tests/fake_cuda.cpp).
+#[test]
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn a_run_on_a_fake_driver_is_that_of_the_processor() {
+    use rankgrad::gpu::{Simulator, kernels};
+    let small = "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 3\n";
+    let desk = common::Desk::new(small);
+    let source = format!("{}\n{}", kernels::source(), include_str!("../../tests/fake_cuda.cpp"));
+    match Simulator::build(&desk.path("libcuda.so"), &source, &[]) {
+        Err(why) if why.starts_with("no C++ compiler") => return println!("skipped: {why}"),
+        built => built.unwrap(),
+    }
+    for name in ["libcublas.so", "libnvrtc.so"] {
+        std::fs::copy(desk.path("libcuda.so"), desk.path(name)).unwrap();
+    }
+    let run = |line: &str| {
+        let mut command = desk.command(line);
+        command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+        let output = command.output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(run("devices").ends_with("cuda:0: Simulated, 1.0 GiB, compute capability 9.0\n"));
+    let loss = |device: &str| {
+        let train = "train --data text --config small.toml --quiet --steps 6 --telemetry-every 3";
+        run(&format!("{train} --stop-after 3 --out {device} --device {device}"));
+        run(&format!("train --resume {device} --quiet --device {device}"));
+        let json = std::fs::read_to_string(desk.path(device).join("final.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        json["val_loss"].as_f64().unwrap()
+    };
+    let [cpu, gpu] = ["cpu", "cuda"].map(loss);
+    assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
+    // one's checkpoint on the other, to the same text
+    let text = |run_of: &str, device: &str| {
+        run(&format!("generate {run_of} --tokens 8 --temperature 0 --device {device}"))
+    };
+    assert_eq!(text("cpu", "cuda"), text("cpu", "cpu"));
+    let evaluation: serde_json::Value =
+        serde_json::from_str(&run("eval cuda --batches 2 --json --device auto")).unwrap();
+    assert!(evaluation["val_loss"].as_f64().unwrap() > 1.0);
+    assert!(
+        run("bench --steps 1 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 1 --device cuda")
+            .contains("tokens/s")
+    );
 }
