@@ -32,6 +32,8 @@
 //! ```
 
 pub mod autograd;
+#[cfg(any(feature = "cuda", feature = "simulator"))]
+pub mod gpu;
 pub mod lowrank;
 pub mod tensor;
 #[cfg(feature = "proptest")]

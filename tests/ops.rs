@@ -7,11 +7,12 @@
 
 mod common;
 
-use common::{config, rng, size};
+use common::{config, rng, simulated_gpu, size};
 use ndarray::ArrayD;
 use proptest::prelude::*;
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape, Var, concat, gradcheck};
+use rankgrad::gpu::Cuda;
 use rankgrad::tensor::{Attention, Backend, Cpu, Scalar, Tensor};
 use std::collections::BTreeSet;
 
@@ -159,6 +160,7 @@ struct Row {
     /// The expression, once for each backend.
     in_f64: Expression<Cpu<f64>>,
     in_f32: Expression<Cpu<f32>>,
+    on_gpu: Expression<Cuda<f32>>,
     naive: Option<Naive>,
 }
 
@@ -175,6 +177,7 @@ macro_rules! row {
             domain: Domain::Normal,
             in_f64: expression::<Cpu<f64>>,
             in_f32: expression::<Cpu<f32>>,
+            on_gpu: expression::<Cuda<f32>>,
             naive: None,
         }
     }};
@@ -487,7 +490,15 @@ fn check_gradient(row: &Row, z: &Sizes) -> f64 {
 }
 
 fn check_f32(row: &Row, z: &Sizes) -> f64 {
-    let worst = agreement(row, row.in_f32, &Cpu::default(), f64::from(f32::EPSILON) / 2.0, z);
+    within_tolerance(row, row.in_f32, &Cpu::default(), z)
+}
+
+fn check_gpu(row: &Row, z: &Sizes) -> f64 {
+    within_tolerance(row, row.on_gpu, &simulated_gpu().expect("the test has asked for it"), z)
+}
+
+fn within_tolerance<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> f64 {
+    let worst = agreement(row, f, device, f64::from(f32::EPSILON) / 2.0, z);
     let (name, allowed, _) = tolerance(row.name);
     assert!(worst <= allowed, "{name}: f32 is {worst:.1} yardsticks from f64, {allowed} are allowed\n{z:?}");
     worst
@@ -563,6 +574,13 @@ fn gradients_agree_with_finite_differences() {
 #[test]
 fn f32_agrees_with_f64() {
     property("f32, yardsticks", 64, check_f32);
+}
+
+#[test]
+fn the_gpu_agrees_with_f64() {
+    if simulated_gpu().is_some() {
+        property("GPU, yardsticks", 24, check_gpu);
+    }
 }
 
 #[test]

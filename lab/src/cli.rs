@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{ModelOptions, Overrides};
 use crate::error::{Error, Result};
@@ -42,6 +42,8 @@ pub enum Command {
     /// Per pair: shape, rank, σ(A), σ(B), σ(W), stable rank, and the gauge imbalance ‖AᵀA − BᵀB‖; ρ, ‖ΔW‖/‖W‖, ‖ΔW‖/η and
     /// the shrink by weight decay of the newest step with telemetry. Matrices kept whole: σ(W) (an estimate), stable rank.
     Inspect(InspectArgs),
+    /// Write a checkpoint's model in the layout of Hugging Face's Llama
+    Export(ExportArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
     /// Compare training methods fairly: many runs, learning rates and seeds, tables
@@ -51,6 +53,8 @@ pub enum Command {
     /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
     /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
     Report(ReportArgs),
+    /// List what there is to compute on, or say why there is no GPU
+    Devices,
 }
 
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";
@@ -171,6 +175,29 @@ pub struct InspectArgs {
     pub json: bool,
 }
 
+/// The layout of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// config.json, model.safetensors, tokenizer.json: what transformers' LlamaForCausalLM and AutoTokenizer load
+    HfLlama,
+}
+
+/// Flags of `export`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad export runs/spectron-tiny-001 model --to hf-llama")]
+pub struct ExportArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub directory: PathBuf,
+    /// What to write
+    #[arg(long, default_value = "hf-llama")]
+    pub to: Layout,
+    /// Keep factor pairs as NAME.A and NAME.B instead of their product; a README beside them says how to load them
+    #[arg(long)]
+    pub factorized: bool,
+}
+
 /// Flags of `bench`.
 #[derive(Args, Debug)]
 #[command(after_help = "Example: rankgrad bench --preset small --method spectron --threads 2 --json")]
@@ -204,7 +231,8 @@ In the tables: \"interior: NO\" says that the best rate is still the last of its
 standard deviation over seeds. A loss spike: recorded training losses (each --log-every steps) that exceed the exponentially \
 weighted mean of the preceding ones by more than max(0.5 nats, 6 of their standard deviations); weights fall by 0.9 a record, \
 the first ten are never one, spikes do not enter the mean, consecutive ones count once. A rate survives (stability) if every \
-seed ends with a finite loss below ln(vocab), that of guessing.
+seed keeps half of what the best rate learns beyond byte frequencies: its final loss is at most halfway from the best rate's to \
+that of a model that only knows how often each byte comes.
 
 Limits of `long`, checked in its table and never enforced: no divergence, no spike; the mean training loss of the last tenth of \
 the run at most 0.1 nats above that of the best tenth; σ_W, σ_A and σ_B at most 4 times those of the second tenth (each the \

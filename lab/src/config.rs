@@ -209,7 +209,7 @@ pub struct TrainingOptions {
     /// Momentum β of every method but AdamW's, in [0, 1) [default: 0.95]
     #[arg(long)]
     pub momentum: Option<f64>,
-    /// Nesterov's look-ahead on that momentum; AdamW has none
+    /// Nesterov's look-ahead on that momentum; AdamW has none [default: true]
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub nesterov: Option<bool>,
     /// Spectron's: balance every pair (AᵀA = BᵀB, W unchanged) before every so many steps; 0 = never [default: 0]
@@ -430,7 +430,7 @@ impl Overrides {
             weight_decay: t.weight_decay.unwrap_or(0.0),
             clip: t.clip.unwrap_or(1.0),
             momentum: t.momentum.unwrap_or(0.95),
-            nesterov: t.nesterov.unwrap_or(false),
+            nesterov: t.nesterov.unwrap_or(true),
             balance_every: t.balance_every.unwrap_or(0),
             beta1: t.beta1.unwrap_or(0.9),
             beta2: t.beta2.unwrap_or(0.99),

@@ -100,6 +100,16 @@ impl Corpus {
         &self.bytes[self.split..]
     }
 
+    /// The validation loss, in nats per token, of a model that knows how often each byte comes and nothing else: the cross
+    /// entropy under the training part's counts, each plus one.
+    pub fn frequency_loss(&self) -> f64 {
+        let mut counts = [1.0f64; 256];
+        self.train().iter().for_each(|&byte| counts[usize::from(byte)] += 1.0);
+        let total: f64 = counts.iter().sum();
+        let sum: f64 = self.validation().iter().map(|&byte| (total / counts[usize::from(byte)]).ln()).sum();
+        sum / self.validation().len() as f64
+    }
+
     /// Windows at uniformly drawn positions of the training part.
     ///
     /// Micro-steps go on in the step's random stream where the one before ended: n micro-batches of b rows are the
@@ -262,6 +272,12 @@ mod tests {
         assert_eq!((corpus.train().len(), corpus.validation().len()), (13, 2));
         assert!(corpus.summary.starts_with("4 files, 15 bytes, sha256 "), "{}", corpus.summary);
         assert_eq!(corpus.sha256.len(), 64);
+    }
+
+    /// By hand: of the 900 training bytes, each that is in the validation part comes 3 times; 3 + 1 of 900 + 256.
+    #[test]
+    fn frequencies_of_bytes_have_a_loss() {
+        assert!((corpus().frequency_loss() - 289f64.ln()).abs() < 1e-12);
     }
 
     #[test]

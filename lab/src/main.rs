@@ -1,7 +1,7 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
 //! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data,
-//! checkpoint, run, progress, plot around it; generate, inspect and bench use what was trained; study/ compares many runs,
+//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; study/ compares many runs,
 //! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
 
 mod bench;
@@ -9,7 +9,9 @@ mod checkpoint;
 mod cli;
 mod config;
 mod data;
+mod device;
 mod error;
+mod export;
 mod flops;
 mod generate;
 mod guide;
@@ -37,9 +39,11 @@ fn main() -> ExitCode {
         Command::Eval(args) => inspect::eval(&args),
         Command::Generate(args) => generate::generate(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Export(args) => export::export(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Devices => device::devices(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

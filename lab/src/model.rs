@@ -14,8 +14,8 @@ use crate::config::{Config, Init};
 use crate::guide;
 use crate::methods::{Matrices, entry};
 
-const NORM_EPS: f64 = 1e-5;
-const ROPE_BASE: f64 = 10_000.0;
+pub const NORM_EPS: f64 = 1e-5;
+pub const ROPE_BASE: f64 = 10_000.0;
 
 /// A hidden layer: x·Wᵀ.
 #[derive(Clone, Copy)]

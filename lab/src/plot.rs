@@ -1,18 +1,21 @@
 //! Pictures (SVG) for papers: loss curves, final loss against the learning rate, a quantity over the steps.
 //!
-//! Curves of the same name share a colour and an entry in the legend. The colours keep apart for colour-blind readers
-//! (Okabe and Ito 2008, without their lightest). Not here: where the numbers come from (run.rs, report.rs).
+//! Curves of the same name share a colour and an entry in the legend, which stands beside the plot. The colours keep apart for
+//! colour-blind readers (Okabe and Ito 2008, without their lightest); beyond six names, lines are dashed.
+//! Not here: where the numbers come from (run.rs, report.rs).
 
 use std::path::Path;
 
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::coord::types::RangedCoordf64;
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::error::{Error, Result, write_atomically};
 use crate::run::Record;
 
-/// Red, green, blue; a seventh curve starts again.
+/// Red, green, blue; a seventh name starts again.
 pub const COLOURS: [[u8; 3]; 6] =
     [[0, 114, 178], [213, 94, 0], [0, 158, 115], [204, 121, 167], [230, 159, 0], [86, 180, 233]];
 
@@ -59,11 +62,13 @@ struct Series {
     name: String,
     colour: RGBAColor,
     mark: Mark,
+    /// Lines, in pixels; None: whole ones.
+    dash: Option<u32>,
     points: Vec<(f64, f64)>,
 }
 
-/// The colour of each curve: that of its name.
-fn colours<'a>(names: impl Iterator<Item = &'a str>) -> Vec<RGBColor> {
+/// The colour and the dashes of each curve: those of its name.
+fn colours<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(RGBColor, Option<u32>)> {
     let mut known: Vec<&str> = vec![];
     let place = |name: &'a str| {
         let place = known.iter().position(|k| *k == name).unwrap_or_else(|| {
@@ -71,7 +76,8 @@ fn colours<'a>(names: impl Iterator<Item = &'a str>) -> Vec<RGBColor> {
             known.len() - 1
         });
         let [r, g, b] = COLOURS[place % COLOURS.len()];
-        RGBColor(r, g, b)
+        let dash = [None, Some(8), Some(2)][(place / COLOURS.len()).min(2)];
+        (RGBColor(r, g, b), dash)
     };
     names.map(place).collect()
 }
@@ -82,21 +88,22 @@ fn colours<'a>(names: impl Iterator<Item = &'a str>) -> Vec<RGBColor> {
 /// Curves without a point, or a file that cannot be written.
 pub fn losses(path: &Path, curves: &[Curve]) -> Result<()> {
     let mut series = vec![];
-    for (curve, colour) in curves.iter().zip(colours(curves.iter().map(|c| c.name.as_str()))) {
+    for (curve, (colour, dash)) in curves.iter().zip(colours(curves.iter().map(|c| c.name.as_str()))) {
         let raw = curve.training.clone();
         series.push(Series {
             name: String::new(),
             colour: colour.mix(0.25),
             mark: Mark::Line(1),
+            dash: None,
             points: raw,
         });
         let name = format!("{}: training", curve.name);
         let points = smoothed(&curve.training);
-        series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Line(2), points });
+        series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Line(2), dash, points });
         if !curve.validation.is_empty() {
             let name = format!("{}: validation", curve.name);
             let points = curve.validation.clone();
-            series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Dots, points });
+            series.push(Series { name, colour: colour.to_rgba(), mark: Mark::Dots, dash, points });
         }
     }
     write(path, ["step", "loss (nats per token)"], false, series)
@@ -115,15 +122,22 @@ pub struct Rates {
 /// Arms without a point, or a file that cannot be written.
 pub fn rates(path: &Path, arms: &[Rates]) -> Result<()> {
     let mut series = vec![];
-    for (arm, colour) in arms.iter().zip(colours(arms.iter().map(|a| a.name.as_str()))) {
+    for (arm, (colour, dash)) in arms.iter().zip(colours(arms.iter().map(|a| a.name.as_str()))) {
         let points: Vec<_> = arm.means.iter().map(|&(lr, mean, _)| (lr.log10(), mean)).collect();
         let deviations = arm.means.iter().map(|m| m.2).collect();
         let runs = arm.runs.iter().map(|&(lr, loss)| (lr.log10(), loss)).collect();
         let (none, colour) = (String::new(), colour.to_rgba());
-        series.push(Series { name: none.clone(), colour: colour.mix(0.5), mark: Mark::Dots, points: runs });
+        let dots = Series {
+            name: none.clone(),
+            colour: colour.mix(0.5),
+            mark: Mark::Dots,
+            dash: None,
+            points: runs,
+        };
         let mark = Mark::Ranges(deviations);
-        series.push(Series { name: none, colour, mark, points: points.clone() });
-        series.push(Series { name: arm.name.clone(), colour, mark: Mark::Line(2), points });
+        let ranges = Series { name: none, colour, mark, dash: None, points: points.clone() };
+        let line = Series { name: arm.name.clone(), colour, mark: Mark::Line(2), dash, points };
+        series.extend([dots, ranges, line]);
     }
     write(path, ["learning rate", "validation loss (nats per token)"], true, series)
 }
@@ -144,6 +158,7 @@ pub fn lines(path: &Path, quantity: &str, lines: Vec<Line>) -> Result<()> {
         name: line.group,
         colour: RGBColor(line.colour[0], line.colour[1], line.colour[2]).to_rgba(),
         mark: Mark::Line(1),
+        dash: None,
         points: line.points,
     };
     write(path, ["step", quantity], false, lines.into_iter().map(series).collect())
@@ -178,6 +193,14 @@ impl Ranged for Across {
     }
 }
 
+/// Of the picture, without the legend.
+const SIZE: (u32, u32) = (800, 450);
+
+/// Between two entries of the legend, from its left edge to the text, and the room of a letter in it.
+const LEGEND_STEP: i32 = 18;
+const LEGEND_TEXT: i32 = 26;
+const LETTER: i32 = 7;
+
 /// `log_x`: the x are decimal logarithms.
 fn draw(
     [x, y]: [&str; 2],
@@ -198,9 +221,33 @@ fn draw(
         false => RangedCoordf64::from(across.clone()).key_points(10),
     };
 
+    let mut legend: Vec<&Series> = vec![];
+    for line in series.iter().filter(|s| !s.name.is_empty()) {
+        if legend.iter().all(|l| l.name != line.name) {
+            legend.push(line);
+        }
+    }
+    let letters = legend.iter().map(|s| s.name.chars().count()).max().unwrap_or(0) as i32;
+    let beside = if letters > 0 { LEGEND_TEXT + LETTER * letters + 12 } else { 0 };
+    let tall = (SIZE.1 as i32).max(24 + LEGEND_STEP * legend.len() as i32);
+
     let mut svg = String::new();
-    let area = SVGBackend::with_string(&mut svg, (800, 450)).into_drawing_area();
-    area.fill(&WHITE)?;
+    let whole = SVGBackend::with_string(&mut svg, (SIZE.0 + beside as u32, tall as u32)).into_drawing_area();
+    whole.fill(&WHITE)?;
+    let (area, legend_area) = whole.split_horizontally(SIZE.0);
+    for (i, line) in legend.into_iter().enumerate() {
+        let y = 24 + LEGEND_STEP * i as i32;
+        let sample = vec![(0, y), (20, y)];
+        let style = line.colour.stroke_width(2);
+        match (&line.mark, line.dash) {
+            (Mark::Dots, _) => legend_area.draw(&Circle::new((10, y), 4, line.colour.filled()))?,
+            (_, None) => legend_area.draw(&PathElement::new(sample, style))?,
+            (_, Some(dash)) => legend_area.draw(&DashedPathElement::new(sample, dash, 4, style))?,
+        }
+        let text = ("sans-serif", 13).into_font().into_text_style(&legend_area);
+        let text = text.pos(Pos::new(HPos::Left, VPos::Center));
+        legend_area.draw(&Text::new(line.name.as_str(), (LEGEND_TEXT, y), text))?;
+    }
     let mut chart = ChartBuilder::on(&area)
         .margin(12)
         .x_label_area_size(40)
@@ -215,12 +262,14 @@ fn draw(
         .max_light_lines(0)
         .bold_line_style(BLACK.mix(0.1))
         .draw()?;
-    let mut named: Vec<String> = vec![];
-    for Series { name, colour, mark, points } in series {
-        let in_legend = !name.is_empty() && !named.contains(&name);
-        let dots = matches!(mark, Mark::Dots);
-        let drawn = match mark {
-            Mark::Line(width) => chart.draw_series(LineSeries::new(points, colour.stroke_width(width)))?,
+    for Series { colour, mark, dash, points, .. } in series {
+        match mark {
+            Mark::Line(width) => match dash {
+                None => chart.draw_series(LineSeries::new(points, colour.stroke_width(width)))?,
+                Some(dash) => {
+                    chart.draw_series(DashedLineSeries::new(points, dash, 4, colour.stroke_width(width)))?
+                }
+            },
             Mark::Dots => chart.draw_series(points.iter().map(|&p| Circle::new(p, 4, colour.filled())))?,
             Mark::Ranges(deviations) => chart.draw_series(
                 points
@@ -229,23 +278,9 @@ fn draw(
                     .map(|(&(x, y), d)| ErrorBar::new_vertical(x, y - d, y, y + d, colour.filled(), 8)),
             )?,
         };
-        if in_legend {
-            drawn.label(name.as_str()).legend(move |(x, y)| match dots {
-                true => Circle::new((x + 9, y), 4, colour.filled()).into_dyn(),
-                false => PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)).into_dyn(),
-            });
-            named.push(name);
-        }
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.2))
-        .draw()?;
-    area.present()?;
-    drop(chart);
-    drop(area);
+    whole.present()?;
+    drop((chart, area, legend_area, whole));
     Ok(svg)
 }
 

@@ -404,6 +404,7 @@ mod tests {
             lr: rate("lr"),
             adam_lr: rate("adam_lr"),
             weight_decay: 0.1,
+            nesterov: false,
             ..defaults
         }
     }

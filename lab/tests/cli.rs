@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// A model of 12,000 parameters.
@@ -478,4 +479,45 @@ fn resuming_on_other_data_is_refused() {
     std::fs::write(desk.path("other"), "another text, long enough for it. ".repeat(100)).unwrap();
     let errors = desk.refused("train --resume run --data other");
     assert!(errors.contains("data differs"), "{errors}");
+}
+
+#[test]
+fn a_model_is_exported_whole_or_not_at_all() {
+    let desk = Desk::new();
+    desk.ok("train --config small.toml --data text --steps 3 --quiet --out run");
+    let shown = desk.ok("export run hf");
+    assert!(shown.contains("hf: 21 tensors") && shown.contains("(merged)"), "{shown}");
+    let read = |name: &str| std::fs::read(desk.path(name)).unwrap();
+    let config: Value = serde_json::from_slice(&read("hf/config.json")).unwrap();
+    assert_eq!((config["hidden_size"].as_u64(), config["num_hidden_layers"].as_u64()), (Some(16), Some(2)));
+    let bytes = read("hf/model.safetensors");
+    let merged = SafeTensors::deserialize(&bytes).unwrap();
+    desk.ok("export run factors --factorized");
+    let bytes = read("factors/model.safetensors");
+    let factors = SafeTensors::deserialize(&bytes).unwrap();
+    let values = |file: &SafeTensors, name: &str| -> (Vec<usize>, Vec<f32>) {
+        let x = file.tensor(name).unwrap();
+        let values = x.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        (x.shape().to_vec(), values)
+    };
+    let (shape, w) = values(&merged, "model.layers.1.mlp.down_proj.weight"); // [16, 24]
+    let (_, a) = values(&factors, "model.layers.1.mlp.down_proj.A"); // [16, 8]
+    let (b_shape, b) = values(&factors, "model.layers.1.mlp.down_proj.B"); // [24, 8]
+    assert_eq!((shape, b_shape), (vec![16, 24], vec![24, 8]));
+    for i in 0..16 {
+        for j in 0..24 {
+            let sum: f32 = (0..8).map(|k| a[i * 8 + k] * b[j * 8 + k]).sum();
+            assert!((sum - w[i * 24 + j]).abs() < 1e-6);
+        }
+    }
+    assert_eq!(values(&merged, "lm_head.weight"), values(&factors, "lm_head.weight"));
+    assert!(desk.path("factors/README.md").exists() && !desk.path("hf/README.md").exists());
+
+    assert!(desk.refused("export run hf").contains("hf exists; choose a new directory"));
+    assert!(desk.refused("export nowhere x").contains("cannot find the checkpoint nowhere"));
+    desk.ok("train --config small.toml --data text --steps 3 --quiet --method dense-muon --out dense");
+    assert!(desk.refused("export dense x --factorized").contains("dense-muon has no factor pairs"));
+    desk.ok("train --config small.toml --data text --steps 9 --stop-after 2 --quiet --method self-guided --out guided");
+    assert!(desk.refused("export guided x").contains("still has the guides of self-guided"));
+    assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
 }

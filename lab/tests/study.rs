@@ -385,8 +385,8 @@ fn each_kind_has_its_arms_and_tables() {
     assert_eq!((all["schedule"].as_str(), all["lr_scale"].as_str()), (Some("linear"), Some("shape")));
     assert_eq!(all["final_lr_fraction"].as_float(), Some(0.0));
 
-    // AdamW at 1e30 times its rate does not survive; the text has 13 different bytes, so at its own it beats guessing among 256
-    with("stability --steps 20 --methods adamw --multiples 1,3,1e30 --out st");
+    // AdamW at 1e30 times its rate does not survive
+    with("stability --steps 300 --methods adamw --multiples 1,3,1e30 --out st");
     let row = &desk.table("st", "the largest rate")[0];
     assert_eq!((row["best lr"].as_str(), row["largest surviving lr"].as_str()), ("0.002", "0.006"));
     assert_eq!(

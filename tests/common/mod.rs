@@ -9,11 +9,12 @@ use proptest::prelude::*;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
+use rankgrad::gpu::{Cuda, Simulator};
 use rankgrad::tensor::{Backend, Cpu, Scalar, Tensor};
 pub use rankgrad::testing::{PairCase, pair_case, size, spectrum};
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
-use std::sync::Once;
+use std::sync::{Arc, LazyLock, Once};
 
 /// `cases` cases, few enough for every commit, unless the environment asks for another number.
 pub fn config(cases: u32) -> ProptestConfig {
@@ -23,6 +24,27 @@ pub fn config(cases: u32) -> ProptestConfig {
 
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
+}
+
+/// The GPU backend on its simulator. None, and a line that says so, where there is no C++ compiler.
+pub fn simulated_gpu() -> Option<Cuda<f32>> {
+    static OPEN: LazyLock<Result<Cuda<f32>, String>> =
+        LazyLock::new(|| Simulator::new().map(|simulator| Cuda::on(Arc::new(simulator))));
+    skip_without_compiler(OPEN.clone())
+}
+
+/// What was compiled; None where there is no compiler, which is no failure unless RANKGRAD_REQUIRE_CXX is set.
+pub fn skip_without_compiler<T>(opened: Result<T, String>) -> Option<T> {
+    match opened {
+        Ok(opened) => Some(opened),
+        Err(why)
+            if why.starts_with("no C++ compiler") && std::env::var_os("RANKGRAD_REQUIRE_CXX").is_none() =>
+        {
+            println!("skipped: {why}");
+            None
+        }
+        Err(why) => panic!("{why}"),
+    }
 }
 
 /// Independent N(0, 1) entries.

@@ -93,9 +93,11 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         eprintln!("study: {} ({} arms, {jobs} runs at a time)", directory.display(), plan.arms.len());
         plan.notes.iter().for_each(|note| eprintln!("{note}"));
     }
+    let frequencies = corpus.frequency_loss();
     let shown = Mutex::new(String::new());
     let report = |outcomes: &execute::Outcomes| {
-        *shown.lock().expect("nobody panics with it") = tables::write(&directory, &plan, outcomes)?;
+        *shown.lock().expect("nobody panics with it") =
+            tables::write(&directory, &plan, frequencies, outcomes)?;
         Ok(())
     };
     let complete = Study {

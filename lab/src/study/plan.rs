@@ -273,13 +273,15 @@ fn recipes(options: &StudyOptions, base: &Overrides) -> Result<Vec<(String, Conf
         ("zero-init-output", |o| o.model.zero_init_output = Some(true)),
         ("lr-scale-shape", |o| o.training.lr_scale = Some(LrScale::Shape)),
     ];
+    let mut base = base.clone();
+    base.training.nesterov.get_or_insert(false); // without any of the parts
     let mut arms = vec![];
     for method in chosen(options, &[Method::Spectron, Method::DenseMuon]) {
         let mut arm = |label: &str, overrides: &Overrides| {
             arms.push((format!("{}-{label}", name(method)), config(method, overrides)?));
             Ok::<_, Error>(())
         };
-        arm("base", base)?;
+        arm("base", &base)?;
         let mut all = base.clone();
         for (label, part) in parts {
             if label == "nesterov" && coupled(method) {

@@ -36,11 +36,11 @@ impl Table {
     }
 }
 
-/// Writes the three files. Returns table.md.
+/// Writes the three files. Returns table.md. `frequencies`: [`Corpus::frequency_loss`](crate::data::Corpus::frequency_loss).
 ///
 /// # Errors
 /// A full disk and the like.
-pub fn write(directory: &Path, plan: &Plan, outcomes: &Outcomes) -> Result<String> {
+pub fn write(directory: &Path, plan: &Plan, frequencies: f64, outcomes: &Outcomes) -> Result<String> {
     let states = plan.states(outcomes);
     let arms: Arms = &plan.arms.iter().zip(&states).collect::<Vec<_>>();
     let title = match plan.kind {
@@ -50,7 +50,7 @@ pub fn write(directory: &Path, plan: &Plan, outcomes: &Outcomes) -> Result<Strin
     let mut tables = vec![summary(&title, arms, outcomes)];
     match plan.kind {
         Kind::Methods if plan.budget == Budget::Flops => tables.push(best_sizes(&title, arms, outcomes)),
-        Kind::Stability => tables.push(survival(&title, arms, outcomes)),
+        Kind::Stability => tables.push(survival(&title, frequencies, arms, outcomes)),
         Kind::Long => tables.extend(long::tables(&title, &directory.join("runs"), arms, outcomes)?),
         _ => {}
     }
@@ -257,11 +257,13 @@ fn best_sizes(title: &str, arms: Arms, outcomes: &Outcomes) -> Table {
 
 /// One line for each arm: how far beyond its best rate it can go.
 ///
-/// A rate survives if each of its seeds ends with a finite loss below that of guessing, ln(vocabulary).
-fn survival(title: &str, arms: Arms, outcomes: &Outcomes) -> Table {
+/// A rate survives if each of its seeds keeps at least half of what the best rate learns beyond the frequencies of bytes: if
+/// its loss is at most halfway from the best rate's mean to `frequencies`.
+fn survival(title: &str, frequencies: f64, arms: Arms, outcomes: &Outcomes) -> Table {
     let mut table = Table::new(
         format!(
-            "{title}: the largest rate below the first that fails (a rate survives if every seed ends below ln vocab)"
+            "{title}: the largest rate below the first that fails (a rate survives if no seed ends above the halfway point from \
+             the best rate's loss to that of byte frequencies, {frequencies:.4})"
         ),
         ["arm", "best lr", "largest surviving lr", "ratio", "first failing lr", "first lr with a spike"],
     );
@@ -271,9 +273,11 @@ fn survival(title: &str, arms: Arms, outcomes: &Outcomes) -> Table {
             continue;
         };
         let groups = by_rates(state, outcomes);
-        let guessing = (arm.config.vocab as f64).ln();
-        let failing =
-            groups.iter().position(|(_, os)| os.iter().any(|o| o.loss().is_nan() || o.loss() >= guessing));
+        let at_best: Vec<f64> =
+            state.at_best.iter().filter_map(|t| outcomes.get(&t.id)).map(Outcome::loss).collect();
+        let bound = 0.5 * (at_best.iter().sum::<f64>() / at_best.len() as f64 + frequencies);
+        let survives = |o: &&Outcome| o.loss() <= bound;
+        let failing = groups.iter().position(|(_, os)| !os.iter().all(survives));
         let largest = groups[..failing.unwrap_or(groups.len())].last().map(|(c, _)| c.lr);
         let spiking = groups.iter().find(|(_, os)| os.iter().any(|o| o.spikes > 0));
         let show = |lr: Option<f64>| lr.map_or("none".into(), |lr| lr.to_string());

@@ -1,0 +1,621 @@
+//! The backend of GPUs: each method checks what its kernel relies on, and launches it. The kernels, with their formulas, are in
+//! gpu/kernels/; memory, launches and matrix products are the executor's.
+//!
+//! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
+
+use super::executor::{Address, Arg, Executor, Gemm, Launch};
+use crate::tensor::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Shape, Tensor, Unary};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+/// A GPU, computing in `T` (f32).
+#[derive(Clone, Debug)]
+pub struct Cuda<T> {
+    executor: Arc<dyn Executor>,
+    element: PhantomData<T>,
+}
+
+impl Cuda<f32> {
+    /// On an executor that is open.
+    pub fn on(executor: Arc<dyn Executor>) -> Self {
+        Self { executor, element: PhantomData }
+    }
+
+    /// Waits until the device has done all that was asked of it. Only measurements need it.
+    pub fn sync(&self) {
+        self.executor.sync();
+    }
+
+    fn alloc(&self, bytes: usize) -> Memory {
+        Memory { executor: self.executor.clone(), address: self.executor.alloc(bytes), bytes }
+    }
+
+    /// Host values of any plain type on the device, for the time of one launch.
+    fn stage<V: Plain>(&self, values: &[V]) -> Memory {
+        let memory = self.alloc(size_of_val(values));
+        // SAFETY: V is a number without padding, and the memory is as long
+        unsafe {
+            let bytes = std::slice::from_raw_parts(values.as_ptr().cast(), memory.bytes);
+            self.executor.upload(bytes, memory.address);
+        }
+        memory
+    }
+
+    fn fetch<V: Plain>(&self, memory: &Memory) -> Vec<V> {
+        let mut values = vec![V::default(); memory.bytes / size_of::<V>()];
+        // SAFETY: any bytes are a V, and the vector is as long as the memory
+        unsafe {
+            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), memory.bytes);
+            self.executor.download(memory.address, bytes);
+        }
+        values
+    }
+
+    /// # Safety
+    /// The arguments must be those of the kernel, in number, type and meaning.
+    unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, args: &[Arg]) {
+        let grid = grid.map(int);
+        // SAFETY: the caller's promise
+        unsafe { self.executor.launch(Launch { kernel, grid, threads, shared: 0 }, args) }
+    }
+
+    /// A kernel that looks at `n` elements, each by itself.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    unsafe fn each(&self, kernel: &'static str, n: usize, args: &[Arg]) {
+        let threads = threads(n);
+        // SAFETY: the caller's promise
+        unsafe { self.launch(kernel, [blocks(n, threads), 1, 1], threads, args) }
+    }
+
+    /// A kernel with one block for each of `n` rows of `d` columns.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    unsafe fn rows(&self, kernel: &'static str, [n, d]: [usize; 2], args: &[Arg]) {
+        // SAFETY: the caller's promise
+        unsafe { self.launch(kernel, [n, 1, 1], threads(d), args) }
+    }
+
+    /// Sums over the rows of [n, d] by a kernel that ends with the arguments (y, n, d, chunk) → \[d\]: so many chunks of rows that
+    /// the device is busy, then their sum.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    unsafe fn column_sums(&self, kernel: &'static str, [n, d]: [usize; 2], inputs: &[Arg]) -> Tensor<Self> {
+        /// Rows that one block adds.
+        const CHUNK: usize = 256;
+        let chunks = n.div_ceil(CHUNK).max(1);
+        let sum = |kernel, inputs: &[Arg], n: usize, chunk: usize, out: [usize; 2]| {
+            let mut y = Tensor::scratch(self, out); // [chunks, d]
+            let tail = [(&mut y).into(), (n as u64).into(), int(d).into(), int(chunk).into()];
+            let args = [inputs, &tail].concat();
+            // SAFETY: the caller's promise, and y has a row for each chunk
+            unsafe { self.launch(kernel, [d.div_ceil(32), out[0], 1], 256, &args) };
+            y
+        };
+        let parts = sum(kernel, inputs, n, CHUNK, [chunks, d]); // [chunks, d]
+        let total =
+            if chunks == 1 { parts } else { sum("sum_rows", &[(&parts).into()], chunks, chunks, [1, d]) };
+        total.reshape([d]) // [d]
+    }
+
+    /// Σ over all elements, by a kernel that writes one f64 for each block.
+    fn total(kernel: &'static str, x: &Tensor<Self>) -> f64 {
+        let device = x.device();
+        let threads = threads(x.len());
+        let blocks = blocks(x.len(), threads).min(512);
+        let parts = device.alloc(blocks * size_of::<f64>());
+        // SAFETY: (x, parts, n)
+        unsafe {
+            device.launch(
+                kernel,
+                [blocks, 1, 1],
+                threads,
+                &[x.into(), (&parts).into(), (x.len() as u64).into()],
+            );
+        }
+        device.fetch::<f64>(&parts).iter().sum()
+    }
+}
+
+/// Numbers that may be copied as bytes.
+trait Plain: Copy + Default {}
+impl Plain for u32 {}
+impl Plain for u64 {}
+impl Plain for f32 {}
+impl Plain for f64 {}
+
+/// Sizes that a kernel counts in 32 bits.
+fn int(x: usize) -> u32 {
+    u32::try_from(x).unwrap_or_else(|_| panic!("GPU: a size of {x} is beyond 32 bits"))
+}
+
+/// Threads of a block for `n` elements.
+fn threads(n: usize) -> u32 {
+    n.next_multiple_of(32).clamp(32, 256) as u32
+}
+
+/// Blocks for `n` elements: one thread each, up to so many as keep the largest device busy.
+fn blocks(n: usize, threads: u32) -> usize {
+    n.div_ceil(threads as usize).min(4096)
+}
+
+/// A run of device memory, given back when dropped.
+#[derive(Debug)]
+pub struct Memory {
+    executor: Arc<dyn Executor>,
+    address: Address,
+    bytes: usize,
+}
+
+impl Memory {
+    pub(super) fn address(&self) -> Address {
+        self.address
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with as many bytes, and nobody has the address but work that comes before
+        unsafe { self.executor.free(self.address, self.bytes) }
+    }
+}
+
+/// Elements of a tensor on the device.
+#[derive(Debug)]
+pub struct Buffer(Memory);
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        let Memory { executor, address, bytes } = &self.0;
+        let copy = executor.alloc(*bytes);
+        // SAFETY: both are as long
+        unsafe { executor.copy(*address, copy, *bytes) };
+        Self(Memory { executor: executor.clone(), address: copy, bytes: *bytes })
+    }
+}
+
+/// The address of a tensor's buffer, which must hold the tensor: a user could hand over another.
+fn checked(buffer: &Buffer, len: usize) -> &Memory {
+    let Memory { bytes, .. } = buffer.0;
+    assert!(bytes == len * size_of::<f32>(), "GPU: a buffer of {bytes} bytes for {len} elements");
+    &buffer.0
+}
+
+impl From<&Tensor<Cuda<f32>>> for Arg {
+    fn from(x: &Tensor<Cuda<f32>>) -> Self {
+        checked(x.buffer(), x.len()).into()
+    }
+}
+
+impl From<&mut Tensor<Cuda<f32>>> for Arg {
+    /// For writing: copied first if another tensor shares the buffer.
+    fn from(x: &mut Tensor<Cuda<f32>>) -> Self {
+        let len = x.len();
+        checked(x.buffer_mut(), len).into()
+    }
+}
+
+/// Panics unless all have the first one's length: kernels rely on it.
+fn same_len<const N: usize>(op: &str, tensors: [&Tensor<Cuda<f32>>; N]) {
+    let len = tensors[0].len();
+    assert!(tensors.iter().all(|x| x.len() == len), "{op}: {:?}", tensors.map(Tensor::shape));
+}
+
+/// Panics unless every index is below `size`.
+fn below(op: &str, indices: &[u32], size: usize) {
+    assert!(indices.iter().all(|&i| (i as usize) < size), "{op}: an index is not below {size}");
+}
+
+/// Arguments of a kernel.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => { &[$(Arg::from($x)),*] };
+}
+
+impl Backend for Cuda<f32> {
+    type Elem = f32;
+    type Buffer = Buffer;
+
+    fn upload(&self, host: Vec<f32>) -> Buffer {
+        Buffer(self.stage(&host))
+    }
+    fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        self.fetch(&buffer.0)
+    }
+    fn scratch(&self, len: usize) -> Buffer {
+        Buffer(self.alloc(len * size_of::<f32>()))
+    }
+    fn filled(&self, len: usize, value: f64) -> Buffer {
+        let buffer = self.scratch(len);
+        // SAFETY: (y, value, n)
+        unsafe { self.each("fill", len, args![&buffer.0, value as f32, len as u64]) };
+        buffer
+    }
+
+    fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
+        assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
+        let Some(first) = a.first() else { return };
+        let ((m, k), n) = (first.sizes(), b[0].sizes().1);
+        let transposed = [first.transposed, b[0].transposed];
+        if m * n == 0 {
+            return;
+        }
+        let operands = a.iter().zip(b).zip(c.iter_mut()).map(|((a, b), c)| {
+            assert!(
+                a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
+                "gemm: {a} · {b} → {}: every product of a batch has one shape",
+                c.shape()
+            );
+            assert!(
+                [a.transposed, b.transposed] == transposed,
+                "gemm: {a} · {b}: every product of a batch is of one kind"
+            );
+            let (a, b) = (checked(a.tensor.buffer(), m * k), checked(b.tensor.buffer(), k * n));
+            [a.address, b.address, checked(c.buffer_mut(), m * n).address]
+        });
+        let operands = operands.collect();
+        let device = first.tensor.device();
+        // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
+        unsafe {
+            device.executor.gemm(&Gemm { m, k, n, transposed, add: accum == Accum::Add, operands });
+        }
+    }
+
+    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
+        same_len("axpby", [x, y]);
+        let n = x.len();
+        // SAFETY: (alpha, x, beta, y, n)
+        unsafe { x.device().each("axpby", n, args![alpha as f32, x, beta as f32, y, n as u64]) };
+    }
+
+    fn sum(x: &Tensor<Self>) -> f64 {
+        Self::total("sum", x)
+    }
+    fn norm(x: &Tensor<Self>) -> f64 {
+        Self::total("sum_squares", x).sqrt()
+    }
+
+    fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {
+        let mut y = Tensor::scratch(x.device(), x.shape()); // like x
+        // SAFETY: (f, x, y, n)
+        unsafe { x.device().each("unary", x.len(), args![f as u32, x, &mut y, x.len() as u64]) };
+        y
+    }
+    fn unary_grad(f: Unary, x: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
+        same_len("unary_grad", [x, dy]);
+        let mut dx = Tensor::scratch(x.device(), x.shape()); // like x
+        // SAFETY: (f, x, dy, dx, n)
+        unsafe { x.device().each("unary_grad", x.len(), args![f as u32, x, dy, &mut dx, x.len() as u64]) };
+        dx
+    }
+
+    fn binary(f: Binary, a: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        same_len("binary", [a, b]);
+        let mut y = Tensor::scratch(a.device(), a.shape()); // like a
+        // SAFETY: (f, a, b, y, n)
+        unsafe { a.device().each("binary", a.len(), args![f as u32, a, b, &mut y, a.len() as u64]) };
+        y
+    }
+
+    fn add_row(x: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        let d = x.cols();
+        assert!(b.len() == d, "add_row: {} to rows of {}", b.shape(), x.shape());
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        // SAFETY: (x, b, y, n, d)
+        unsafe { x.device().each("add_row", x.len(), args![x, b, &mut y, x.len() as u64, int(d)]) };
+        y
+    }
+    fn sum_rows(x: &Tensor<Self>) -> Tensor<Self> {
+        // SAFETY: (x, …)
+        unsafe { x.device().column_sums("sum_rows", [x.rows(), x.cols()], args![x]) } // [d]
+    }
+
+    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize) {
+        let (rows, dx, dy) = (x.rows(), x.cols(), y.cols());
+        assert!(
+            y.rows() == rows && x_start + width <= dx && y_start + width <= dy,
+            "copy_cols: {width} columns from {x_start} of {} to {y_start} of {}",
+            x.shape(),
+            y.shape()
+        );
+        let args = args![x, int(dx), int(x_start), y, int(dy), int(y_start), int(width), rows as u64];
+        // SAFETY: (x, dx, x_start, y, dy, y_start, width, rows)
+        unsafe { x.device().each("copy_cols", rows * width, args) };
+    }
+
+    fn softmax(x: &Tensor<Self>) -> Tensor<Self> {
+        let (n, d) = (x.rows(), x.cols());
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        // SAFETY: (x, y, d)
+        unsafe { x.device().rows("softmax", [n, d], args![x, &mut y, int(d)]) };
+        y
+    }
+    fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
+        same_len("softmax_grad", [y, dy]);
+        let (n, d) = (y.rows(), y.cols());
+        let mut dx = Tensor::scratch(y.device(), y.shape()); // [n, d]
+        // SAFETY: (y, dy, dx, d)
+        unsafe { y.device().rows("softmax_grad", [n, d], args![y, dy, &mut dx, int(d)]) };
+        dx
+    }
+
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+        let (n, d) = (x.rows(), x.cols());
+        assert!(g.len() == d, "rms_norm: {} for {}", g.shape(), x.shape());
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        let mut inv_rms = Tensor::scratch(x.device(), [n]); // [n]
+        // SAFETY: (x, g, y, inv_rms, d, eps)
+        unsafe { x.device().rows("rms_norm", [n, d], args![x, g, &mut y, &mut inv_rms, int(d), eps as f32]) };
+        [y, inv_rms]
+    }
+    fn rms_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        inv_rms: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 2] {
+        let (n, d) = (x.rows(), x.cols());
+        same_len("rms_norm_grad", [x, dy]);
+        assert!(g.len() == d && inv_rms.len() == n, "rms_norm_grad: {} and {}", g.shape(), inv_rms.shape());
+        let mut dx = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        // SAFETY: (x, g, inv_rms, dy, dx, d)
+        unsafe { x.device().rows("rms_norm_grad", [n, d], args![x, g, inv_rms, dy, &mut dx, int(d)]) };
+        // SAFETY: (x, inv_rms, dy, …)
+        let dg = unsafe { x.device().column_sums("rms_norm_gain", [n, d], args![x, inv_rms, dy]) }; // [d]
+        [dx, dg]
+    }
+
+    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+        let (n, d) = (x.rows(), x.cols());
+        assert!(
+            g.len() == d && b.len() == d,
+            "layer_norm: {} and {} for {}",
+            g.shape(),
+            b.shape(),
+            x.shape()
+        );
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        let mut stats = Tensor::scratch(x.device(), [n, 2]); // [n, 2]
+        let args = args![x, g, b, &mut y, &mut stats, int(d), eps as f32];
+        // SAFETY: (x, g, b, y, stats, d, eps)
+        unsafe { x.device().rows("layer_norm", [n, d], args) };
+        [y, stats]
+    }
+    fn layer_norm_grad(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        stats: &Tensor<Self>,
+        dy: &Tensor<Self>,
+    ) -> [Tensor<Self>; 3] {
+        let (n, d) = (x.rows(), x.cols());
+        same_len("layer_norm_grad", [x, dy]);
+        assert!(g.len() == d && stats.len() == 2 * n, "layer_norm_grad: {} and {}", g.shape(), stats.shape());
+        let mut dx = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        // SAFETY: (x, g, stats, dy, dx, d)
+        unsafe { x.device().rows("layer_norm_grad", [n, d], args![x, g, stats, dy, &mut dx, int(d)]) };
+        // SAFETY: (x, stats, dy, …)
+        let dg = unsafe { x.device().column_sums("layer_norm_gain", [n, d], args![x, stats, dy]) }; // [d]
+        [dx, dg, Self::sum_rows(dy)]
+    }
+
+    fn swiglu(gate: &Tensor<Self>, up: &Tensor<Self>) -> Tensor<Self> {
+        same_len("swiglu", [gate, up]);
+        let (n, mut y) = (gate.len(), Tensor::scratch(gate.device(), gate.shape())); // [n, f]
+        // SAFETY: (a, b, y, n)
+        unsafe { gate.device().each("swiglu", n, args![gate, up, &mut y, n as u64]) };
+        y
+    }
+    fn swiglu_grad(gate: &Tensor<Self>, up: &Tensor<Self>, dy: &Tensor<Self>) -> [Tensor<Self>; 2] {
+        same_len("swiglu_grad", [gate, up, dy]);
+        let n = gate.len();
+        let mut da = Tensor::scratch(gate.device(), gate.shape()); // [n, f]
+        let mut db = Tensor::scratch(gate.device(), gate.shape()); // [n, f]
+        // SAFETY: (a, b, dy, da, db, n)
+        unsafe { gate.device().each("swiglu_grad", n, args![gate, up, dy, &mut da, &mut db, n as u64]) };
+        [da, db]
+    }
+
+    fn embedding(table: &Tensor<Self>, ids: &[u32]) -> Tensor<Self> {
+        let (rows, d, device) = (ids.len(), table.cols(), table.device());
+        below("embedding", ids, table.rows());
+        let mut y = Tensor::scratch(device, [rows, d]); // [ids, d]
+        let ids = device.stage(ids);
+        // SAFETY: (table, ids, y, rows, d), the ids below the table's rows
+        unsafe { device.each("embedding", rows * d, args![table, &ids, &mut y, rows as u64, int(d)]) };
+        y
+    }
+    fn embedding_grad(shape: Shape, ids: &[u32], dy: &Tensor<Self>) -> Tensor<Self> {
+        let (device, d) = (dy.device(), shape.cols());
+        below("embedding_grad", ids, shape.rows());
+        assert!(dy.len() == ids.len() * d, "embedding_grad: {} for {} rows of {d}", dy.shape(), ids.len());
+        let mut order: Vec<u32> = (0..int(ids.len())).collect();
+        order.sort_by_key(|&i| ids[i as usize]); // stable: equal ids stay in their order
+        let id = |k: usize| ids[order[k] as usize];
+        let mut starts: Vec<u32> =
+            (0..ids.len()).filter(|&k| k == 0 || id(k) != id(k - 1)).map(int).collect();
+        let occurring = starts.len();
+        starts.push(int(ids.len()));
+        let mut dtable = Tensor::zeros(device, shape); // [v, d]
+        let [ids, order, starts] = [ids, &order, &starts].map(|x| device.stage(x));
+        let args = args![dy, &ids, &order, &starts, &mut dtable, int(d)];
+        // SAFETY: (dy, ids, order, starts, dtable, d), the ids below the table's rows
+        unsafe { device.rows("embedding_grad", [occurring, d], args) };
+        dtable
+    }
+
+    fn rope(
+        x: &Tensor<Self>,
+        table: &Tensor<Self>,
+        len: usize,
+        offset: usize,
+        inverse: bool,
+    ) -> Tensor<Self> {
+        let (rows, d, h) = (x.rows(), x.cols(), table.cols());
+        assert!(
+            d.is_multiple_of(h) && h.is_multiple_of(2) && len > 0 && offset + len.min(rows) <= table.rows(),
+            "rope: {} with a table {}, positions {offset} to {}",
+            x.shape(),
+            table.shape(),
+            offset + len
+        );
+        let sign = if inverse { -1f32 } else { 1f32 };
+        let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
+        let args = args![x, table, &mut y, rows as u64, int(d), int(h), int(len), int(offset), sign];
+        // SAFETY: (x, table, y, rows, d, h, len, offset, sign)
+        unsafe { x.device().each("rope", rows * d / 2, args) };
+        y
+    }
+
+    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2] {
+        let z = Layout::new(q, k, how);
+        same_len("attention", [k, v]);
+        let mut o = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
+        let mut lse = Tensor::scratch(q.device(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
+        let args = args![q, k, v, &mut o, &mut lse];
+        // SAFETY: (q, k, v, o, lse, …)
+        unsafe {
+            z.launch(q.device(), ["attention_1", "attention_2", "attention_4"], Stand::Queries, [3, 1], args)
+        };
+        [o, lse]
+    }
+    fn attention_grad(
+        [q, k, v]: [&Tensor<Self>; 3],
+        o: &Tensor<Self>,
+        lse: &Tensor<Self>,
+        dout: &Tensor<Self>,
+        how: Attention,
+    ) -> [Tensor<Self>; 3] {
+        let z = Layout::new(q, k, how);
+        same_len("attention_grad", [k, v]);
+        same_len("attention_grad", [q, o, dout]);
+        let device = q.device();
+        let rows = how.batch * z.tq * how.heads;
+        assert!(lse.len() == rows, "attention_grad: {} log-sum-exps", lse.shape());
+        let mut delta = Tensor::scratch(device, [how.batch, how.heads, z.tq]); // [batch, heads, tq]
+        let mut dq = Tensor::scratch(device, q.shape()); // [batch·tq, heads·h]
+        let mut dk = Tensor::scratch(device, k.shape()); // [batch·tk, kv_heads·h]
+        let mut dv = Tensor::scratch(device, v.shape()); // [batch·tk, kv_heads·h]
+        let args = args![o, dout, &mut delta, rows as u64, int(how.heads), int(z.tq), int(z.h)];
+        // SAFETY: (o, dout, delta, rows, heads, tq, h); a warp for each row
+        unsafe { device.launch("attention_delta", [rows.div_ceil(4), 1, 1], 128, args) };
+        let args = args![q, k, v, dout, lse, &delta, &mut dq];
+        let names = ["attention_dq_1", "attention_dq_2", "attention_dq_4"];
+        // SAFETY: (q, k, v, dout, lse, delta, dq, …)
+        unsafe { z.launch(device, names, Stand::Queries, [4, 1], args) };
+        let args = args![q, k, v, dout, lse, &delta, &mut dk, &mut dv];
+        let names = ["attention_dkv_1", "attention_dkv_2", "attention_dkv_4"];
+        // SAFETY: (q, k, v, dout, lse, delta, dk, dv, …)
+        unsafe { z.launch(device, names, Stand::Keys, [4, 2], args) };
+        [dq, dk, dv]
+    }
+
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2] {
+        let (n, d, device) = (logits.rows(), logits.cols(), logits.device());
+        assert!(targets.len() == n, "cross_entropy: {} targets for {}", targets.len(), logits.shape());
+        below("cross_entropy", targets, d);
+        let mut dx = Tensor::scratch(device, logits.shape()); // [n, v]
+        let mut loss = Tensor::scratch(device, [1]); // [1]
+        let (targets, losses) = (device.stage(targets), device.alloc(n * size_of::<f64>()));
+        let args = args![logits, &targets, &mut dx, &losses, int(d), 1.0 / n as f32];
+        // SAFETY: (x, targets, dx, losses, d, inv_n), the targets below d
+        unsafe { device.rows("cross_entropy", [n, d], args) };
+        // SAFETY: (losses, mean, n)
+        unsafe { device.rows("mean_loss", [1, n], args![&losses, &mut loss, int(n)]) };
+        [loss, dx]
+    }
+
+    fn adamw(
+        w: &mut Tensor<Self>,
+        g: &Tensor<Self>,
+        m: &mut Tensor<Self>,
+        v: &mut Tensor<Self>,
+        s: AdamWStep,
+    ) {
+        same_len("adamw", [w, g, m, v]);
+        let n = w.len() as u64;
+        let [keep, rate, eps] = [1.0 - s.lr * s.decay, s.lr / s.bias1, s.eps].map(|x| x as f32);
+        let [beta1, c1, beta2, c2] = [s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2].map(|x| x as f32);
+        let args = args![w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, (1.0 / s.bias2) as f32, n];
+        // SAFETY: (w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, inv_bias2, n)
+        unsafe { g.device().each("adamw", g.len(), args) };
+    }
+}
+
+/// The sizes that all attention kernels take, checked.
+struct Layout {
+    tq: usize,
+    tk: usize,
+    h: usize,
+    how: Attention,
+}
+
+/// Which side of the scores a block keeps while the other passes by.
+#[derive(PartialEq)]
+enum Stand {
+    Queries,
+    Keys,
+}
+
+impl Layout {
+    /// Rows of a tile, and threads of a block.
+    const TILE: usize = 32;
+    const THREADS: u32 = 128;
+    /// The largest head size: a kernel for up to 32·4.
+    const MAX_HEAD: usize = 128;
+
+    fn new(q: &Tensor<Cuda<f32>>, k: &Tensor<Cuda<f32>>, how: Attention) -> Self {
+        let Attention { batch, heads, kv_heads, causal } = how;
+        let h = q.cols() / heads;
+        assert!(
+            h <= Self::MAX_HEAD,
+            "attention: on GPUs a head has at most {} columns, not {h}",
+            Self::MAX_HEAD
+        );
+        // what the kernels rely on; callers have said it in their own words
+        assert!(q.cols() == heads * h && k.cols() == kv_heads * h, "attention: head sizes");
+        assert!(heads.is_multiple_of(kv_heads), "attention: head groups");
+        assert!(q.rows().is_multiple_of(batch) && k.rows().is_multiple_of(batch), "attention: batch");
+        assert!(!causal || k.rows() >= q.rows(), "attention: causal lengths");
+        assert!(
+            batch.max(heads) < 1 << 16,
+            "attention: {batch} sequences, {heads} heads: at most 65535 on GPUs"
+        );
+        Self { tq: q.rows() / batch, tk: k.rows() / batch, h, how }
+    }
+
+    /// The kernel for this head size, with `args` and then the sizes; shared memory for some tiles of h columns and some of scores.
+    ///
+    /// # Safety
+    /// `args` must be those of the kernel, in number, type and meaning.
+    unsafe fn launch(
+        &self,
+        device: &Cuda<f32>,
+        kernels: [&'static str; 3],
+        stand: Stand,
+        [wide, square]: [usize; 2],
+        args: &[Arg],
+    ) {
+        let Attention { batch, heads, kv_heads, causal } = self.how;
+        let (kernel, columns) = match self.h {
+            0..=32 => (kernels[0], 32),
+            33..=64 => (kernels[1], 64),
+            _ => (kernels[2], 128),
+        };
+        let floats = wide * Self::TILE * (columns + 1) + square * Self::TILE * Self::TILE;
+        let (len, heads_of_grid) =
+            if stand == Stand::Queries { (self.tq, heads) } else { (self.tk, kv_heads) };
+        let launch = Launch {
+            kernel,
+            grid: [len.div_ceil(Self::TILE), heads_of_grid, batch].map(int),
+            threads: Self::THREADS,
+            shared: int(floats * size_of::<f32>()),
+        };
+        let sizes = [self.tq, self.tk, heads, kv_heads, self.h].map(|x| Arg::from(int(x)));
+        let scale = (1.0 / (self.h as f64).sqrt()) as f32;
+        let args = [args, &sizes, args![u32::from(causal), scale]].concat();
+        // SAFETY: the caller's promise
+        unsafe { device.executor.launch(launch, &args) }
+    }
+}

@@ -1,0 +1,150 @@
+// Kernels with one block for each row, and sums over the rows or over everything.
+
+// ---- softmax: y = eˣ / Σ eˣ; dx = y ∘ (dy − y·dy)
+
+// Writes e^(x − top) and returns its sum and top over the row. Each thread reads back only what it wrote.
+struct Exponentials {
+    float total, top;
+};
+__device__ Exponentials exponentials(const float* x, float* e, u32 d) {
+    float top = -INFINITE;
+    FOR_COLUMNS(c, d) top = fmaxf(top, x[c]);
+    top = block_max(top);
+    float total = 0.0f;
+    FOR_COLUMNS(c, d) {
+        e[c] = expf(x[c] - top);
+        total += e[c];
+    }
+    return {block_sum(total), top};
+}
+
+KERNEL softmax(const float* x, float* y, u32 d) {
+    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
+    const float scale = 1.0f / exponentials(x, y, d).total;
+    FOR_COLUMNS(c, d) y[c] *= scale;
+}
+
+KERNEL softmax_grad(const float* y, const float* dy, float* dx, u32 d) {
+    y += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+    float mean = 0.0f;
+    FOR_COLUMNS(c, d) mean += y[c] * dy[c];
+    mean = block_sum(mean);
+    FOR_COLUMNS(c, d) dx[c] = y[c] * (dy[c] - mean);
+}
+
+// ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
+
+KERNEL cross_entropy(const float* x, const u32* targets, float* dx, double* losses, u32 d, float inv_n) {
+    const u32 target = targets[blockIdx.x];
+    x += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+    const Exponentials e = exponentials(x, dx, d);
+    const float scale = inv_n / e.total;
+    FOR_COLUMNS(c, d) dx[c] = dx[c] * scale - (c == target ? inv_n : 0.0f);
+    if (threadIdx.x == 0) losses[blockIdx.x] = log((double)e.total) - (x[target] - e.top);
+}
+
+// The mean of n losses. One block.
+KERNEL mean_loss(const double* losses, float* mean, u32 n) {
+    double sum = 0.0;
+    FOR_COLUMNS(i, n) sum += losses[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *mean = (float)(sum / n);
+}
+
+// ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
+//      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s: rms_norm_gain below
+
+KERNEL rms_norm(const float* x, const float* g, float* y, float* inv_rms, u32 d, float eps) {
+    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
+    float squares = 0.0f;
+    FOR_COLUMNS(c, d) squares += x[c] * x[c];
+    const float s = 1.0f / sqrtf(block_sum(squares) / d + eps);
+    if (threadIdx.x == 0) inv_rms[blockIdx.x] = s;
+    FOR_COLUMNS(c, d) y[c] = g[c] * x[c] * s;
+}
+
+KERNEL rms_norm_grad(const float* x, const float* g, const float* inv_rms, const float* dy, float* dx, u32 d) {
+    const float s = inv_rms[blockIdx.x];
+    x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+    float along = 0.0f;
+    FOR_COLUMNS(c, d) along += x[c] * (g[c] * dy[c]);
+    const float pull = block_sum(along) / d * s * s * s;
+    FOR_COLUMNS(c, d) dx[c] = g[c] * dy[c] * s - x[c] * pull;
+}
+
+// ---- layer_norm: z = (x − mean)·s, s = 1/√(var + eps), y = g ∘ z + b; stats are mean and s
+//      dx = s·(g∘dy − mean(g∘dy) − z·mean(z ∘ g∘dy)); dg = Σ_rows dy ∘ z; db = Σ_rows dy: layer_norm_gain, sum_rows below
+
+KERNEL layer_norm(const float* x, const float* g, const float* b, float* y, float* stats, u32 d, float eps) {
+    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d, stats += (u64)blockIdx.x * 2;
+    float sum = 0.0f, squares = 0.0f;
+    FOR_COLUMNS(c, d) sum += x[c];
+    const float mean = block_sum(sum) / d;
+    FOR_COLUMNS(c, d) squares += (x[c] - mean) * (x[c] - mean);
+    const float s = 1.0f / sqrtf(block_sum(squares) / d + eps);
+    if (threadIdx.x == 0) stats[0] = mean, stats[1] = s;
+    FOR_COLUMNS(c, d) y[c] = g[c] * (x[c] - mean) * s + b[c];
+}
+
+KERNEL layer_norm_grad(const float* x, const float* g, const float* stats, const float* dy, float* dx, u32 d) {
+    const float mean = stats[2 * blockIdx.x], s = stats[2 * blockIdx.x + 1];
+    x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+    float sum = 0.0f, along = 0.0f;
+    FOR_COLUMNS(c, d) {
+        const float gdy = g[c] * dy[c];
+        sum += gdy;
+        along += (x[c] - mean) * s * gdy;
+    }
+    const float mean_gdy = block_sum(sum) / d, mean_along = block_sum(along) / d;
+    FOR_COLUMNS(c, d) dx[c] = s * (g[c] * dy[c] - mean_gdy - (x[c] - mean) * s * mean_along);
+}
+
+// ---- sums over the rows of a [n, d]: y [chunks, d], row k the sum of rows k·chunk … (k + 1)·chunk − 1 of the input. A second
+//      launch over y adds up the chunks.
+// A block is 32 columns wide and blockDim.x / 32 rows high: neighbours read neighbours, and the heights are added at the end.
+
+template <class Term> __device__ void column_sums(Term term, float* y, u64 n, u32 d, u32 chunk) {
+    __shared__ float part[1024];
+    const u32 column = blockIdx.x * WARP + threadIdx.x % WARP, height = blockDim.x / WARP;
+    const u64 end = (blockIdx.y + 1ull) * chunk;
+    float sum = 0.0f;
+    if (column < d) {
+        for (u64 row = (u64)blockIdx.y * chunk + threadIdx.x / WARP; row < n && row < end; row += height) {
+            sum += term(row, row * d + column);
+        }
+    }
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < WARP && column < d) {
+        for (u32 h = 1; h < height; h++) sum += part[h * WARP + threadIdx.x];
+        y[(u64)blockIdx.y * d + column] = sum;
+    }
+}
+
+KERNEL sum_rows(const float* x, float* y, u64 n, u32 d, u32 chunk) {
+    column_sums([=](u64, u64 i) { return x[i]; }, y, n, d, chunk);
+}
+
+KERNEL rms_norm_gain(const float* x, const float* inv_rms, const float* dy, float* y, u64 n, u32 d, u32 chunk) {
+    column_sums([=](u64 row, u64 i) { return dy[i] * x[i] * inv_rms[row]; }, y, n, d, chunk);
+}
+
+KERNEL layer_norm_gain(const float* x, const float* stats, const float* dy, float* y, u64 n, u32 d, u32 chunk) {
+    column_sums([=](u64 row, u64 i) { return dy[i] * (x[i] - stats[2 * row]) * stats[2 * row + 1]; }, y, n, d, chunk);
+}
+
+// ---- sums over everything, one f64 for each block; the host adds these. f64 squares of f32 are always in range.
+
+KERNEL sum(const float* x, double* parts, u64 n) {
+    double sum = 0.0;
+    FOR_EACH(i, n) sum += x[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+
+KERNEL sum_squares(const float* x, double* parts, u64 n) {
+    double sum = 0.0;
+    FOR_EACH(i, n) sum += (double)x[i] * x[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}

@@ -1,0 +1,20 @@
+//! NVIDIA GPUs: a backend whose kernels are CUDA C, behind the features `cuda` and `simulator`.
+//!
+//! From below: kernels/ (the sources), [`executor`] (what they need of a device), cuda.rs (a real one: feature `cuda`) and
+//! simulator.rs (the same kernels on the processor: feature `simulator`, for tests), [`Cuda`] (the methods of
+//! [`Backend`](crate::tensor::Backend) over it), probe.rs (which devices there are). The tape and everything above does not
+//! know what it runs on. docs/gpu.md says what has been tested and how.
+
+mod backend;
+pub mod executor;
+pub mod kernels;
+#[cfg(feature = "cuda")]
+mod probe;
+#[cfg(feature = "simulator")]
+mod simulator;
+
+pub use backend::{Buffer, Cuda, Memory};
+#[cfg(feature = "cuda")]
+pub use probe::{Found, LIBS, Unavailable, devices};
+#[cfg(feature = "simulator")]
+pub use simulator::Simulator;

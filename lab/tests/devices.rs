@@ -1,0 +1,85 @@
+//! `rankgrad devices` where no GPU can be used: an answer, never a panic. The driver is a stub, compiled here.
+//!
+//! Without the feature `cuda` there is one answer. With it, what is tried: no driver, drivers without a device, a device
+//! without the libraries.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+/// What `devices` prints where `driver` is the first libcuda; None: where there is no C compiler to make it.
+fn with_driver(driver: &str) -> Option<String> {
+    let desk = common::Desk::new("");
+    let (source, library) = (desk.path("stub.c"), desk.path("libcuda.so"));
+    std::fs::write(&source, driver).unwrap();
+    if !compile(&source, &library) {
+        println!("skipped: no C compiler (cc) to make a stub of the driver");
+        return None;
+    }
+    let mut command = desk.command("devices");
+    command.env("LD_LIBRARY_PATH", desk.path(""));
+    // none of the directories that this machine may have CUDA's libraries in
+    command.env("RANKGRAD_CUDA_LIBS", desk.path("nothing")).env("PATH", "").env_remove("VIRTUAL_ENV");
+    Some(answer(command))
+}
+
+fn answer(mut devices: Command) -> String {
+    let output = devices.output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && errors.is_empty(), "{errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn compile(source: &Path, library: &Path) -> bool {
+    let compiler = std::env::var("CC").unwrap_or("cc".into());
+    let mut command = Command::new(compiler);
+    command.args(["-shared", "-fPIC", "-o"]).arg(library).arg(source);
+    command.status().is_ok_and(|status| status.success())
+}
+
+/// A driver whose cuInit returns `init` and that counts `count` devices.
+fn stub(init: u32, count: u32) -> String {
+    format!(
+        "int cuInit(unsigned flags) {{ return {init}; }}
+         int cuDeviceGetCount(int *count) {{ *count = {count}; return 0; }}
+         int cuDeviceGet(int *device, int ordinal) {{ *device = ordinal; return 0; }}
+         int cuDeviceTotalMem_v2(unsigned long *bytes, int device) {{ *bytes = 80ul << 30; return 0; }}
+         int cuDeviceGetAttribute(int *value, int which, int device) {{ *value = which == 75 ? 9 : 0; return 0; }}
+         int cuDeviceGetName(char *name, int size, int device) {{ __builtin_strcpy(name, \"Stub\"); return 0; }}"
+    )
+}
+
+#[test]
+#[cfg(not(feature = "cuda"))]
+fn a_build_without_the_feature_says_so() {
+    let Some(answer) = with_driver(&stub(0, 1)) else { return };
+    assert!(answer.starts_with("cpu: ") && answer.contains("\ncuda: "), "{answer}");
+    assert!(answer.contains("build with --features cuda"), "{answer}");
+}
+
+#[test]
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn each_reason_has_its_own_words() {
+    // cuInit's codes: 100 no device, 34 the toolkit's own stub, 999 unknown; 0 is success
+    for (init, count, reason) in [
+        (100, 0, "no usable device (CUDA_ERROR_NO_DEVICE)"),
+        (34, 0, "no usable device (CUDA_ERROR_STUB_LIBRARY)"),
+        (999, 0, "no usable device (CUDA_ERROR_UNKNOWN)"),
+        (0, 0, "no usable device (it counts none)"),
+    ] {
+        let Some(answer) = with_driver(&stub(init, count)) else { return };
+        assert!(answer.contains("\ncuda: ") && answer.contains(reason), "{init} {count}: {answer}");
+    }
+    let Some(answer) = with_driver(&stub(0, 1)) else { return };
+    let missing = answer.contains("/nothing") && answer.contains("RANKGRAD_CUDA_LIBS");
+    let found = answer.contains("cuda:0: Stub, 80.0 GiB, compute capability 9.0"); // the libraries are on the loader's path
+    assert!(missing || found, "{answer}");
+}
+
+#[test]
+#[cfg(feature = "cuda")]
+fn this_machine_gets_an_answer_too() {
+    let answer = answer(common::Desk::new("").command("devices"));
+    assert!(answer.starts_with("cpu: ") && answer.contains("\ncuda:"), "{answer}");
+}

@@ -1,0 +1,345 @@
+//! The GPU backend, on the simulator of its kernels: what the op table does not reach, and whether planted bugs are found.
+//!
+//! The op table (tests/ops.rs) runs on it too, and ten training steps against PyTorch (lab/src/trainer.rs). Every test skips with
+//! a line where there is no C++ compiler. The oracle is the CPU backend in f64.
+//! Letters: tq, tk query and key lengths; h head size; d columns.
+
+mod common;
+
+use common::{bits, rng, simulated_gpu, skip_without_compiler};
+use rand_distr::{Distribution, StandardNormal};
+use rankgrad::autograd::{Rope, Tape};
+use rankgrad::gpu::{Cuda, Simulator, kernels};
+use rankgrad::lowrank::{FactorPair, Optimizer, Params};
+use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Binary, Cpu, Scalar, Tensor, Unary};
+use rayon::prelude::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Half the distance from 1 to the next f32.
+const UNIT: f64 = f32::EPSILON as f64 / 2.0;
+
+/// N(0, 1), the same values on every backend.
+fn draw<B: Backend>(device: &B, seed: u64, shape: &[usize]) -> Tensor<B> {
+    let mut rng = rng(seed);
+    let mut one = || -> f64 { StandardNormal.sample(&mut rng) };
+    Tensor::from_fn(device, shape, |_| B::Elem::of(f64::from(one() as f32))) // shape
+}
+
+/// ‖x − y‖/‖y‖; infinite for NaN.
+fn distance(x: &[f64], y: &[f64]) -> f64 {
+    assert_eq!(x.len(), y.len());
+    let norm = |it: &mut dyn Iterator<Item = f64>| it.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut x.iter().zip(y).map(|(x, y)| x - y)) / norm(&mut y.iter().copied()).max(1e-30);
+    if error.is_nan() { f64::INFINITY } else { error }
+}
+
+fn attention<B: Backend>(device: &B, [tq, tk, h]: [usize; 3], how: Attention) -> Vec<Vec<f64>> {
+    let Attention { batch, heads, kv_heads, .. } = how;
+    let q = draw(device, 1, &[batch * tq, heads * h]); // [batch·tq, heads·h]
+    let k = draw(device, 2, &[batch * tk, kv_heads * h]); // [batch·tk, kv_heads·h]
+    let v = draw(device, 3, &[batch * tk, kv_heads * h]); // [batch·tk, kv_heads·h]
+    let dout = draw(device, 4, &[batch * tq, heads * h]); // [batch·tq, heads·h]
+    let [o, lse] = B::attention(&q, &k, &v, how); // [batch·tq, heads·h], [batch, heads, tq]
+    let grads = B::attention_grad([&q, &k, &v], &o, &lse, &dout, how); // like q, k, v
+    [o, lse].iter().chain(&grads).map(Tensor::to_f64).collect()
+}
+
+#[test]
+fn attention_of_every_head_size() {
+    let Some(gpu) = simulated_gpu() else { return };
+    for (i, h) in [1, 8, 31, 32, 33, 64, 65, 96, 127, 128].into_iter().enumerate() {
+        let how = Attention { batch: 2, heads: 2, kv_heads: 1 + i % 2, causal: i % 3 != 0 };
+        for sizes in [[70, 97, h], [33, 33, h]] {
+            let exact = attention(&Cpu::<f64>::default(), sizes, how);
+            let cpu = attention(&Cpu::<f32>::default(), sizes, how);
+            for ((gpu, cpu), exact) in attention(&gpu, sizes, how).iter().zip(&cpu).zip(&exact) {
+                let (error, usual) = (distance(gpu, exact), distance(cpu, exact));
+                assert!(error < 3.0 * usual + UNIT, "{sizes:?} {how:?}: {error:e}, on the CPU {usual:e}");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "on GPUs a head has at most 128 columns, not 129")]
+fn a_head_that_is_too_wide_is_refused() {
+    let Some(gpu) = simulated_gpu() else { panic!("on GPUs a head has at most 128 columns, not 129") };
+    let how = Attention { batch: 1, heads: 1, kv_heads: 1, causal: true };
+    attention(&gpu, [2, 2, 129], how);
+}
+
+#[test]
+fn norms_of_large_small_and_missing_values() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let norm = |values: Vec<f32>| Tensor::from_vec(&gpu, [values.len()], values).norm(); // [n]
+    assert!((norm(vec![1e30; 10_000]) / 1e32 - 1.0).abs() < 1e-6);
+    assert!((norm(vec![1e-40; 10_000]) / 1e-38 - 1.0).abs() < 1e-5); // 1e-40 has 17 bits
+    assert_eq!(norm(vec![]), 0.0);
+    assert_eq!(norm(vec![0.0; 5]), 0.0);
+    assert!(norm(vec![1.0, f32::NAN]).is_nan());
+    assert_eq!(norm(vec![1.0, f32::NEG_INFINITY]), f64::INFINITY);
+    let many = draw(&gpu, 1, &[300_001]); // [300001]
+    let want = many.to_f64();
+    assert!((Cuda::sum(&many) - want.iter().sum::<f64>()).abs() < 1e-9);
+    assert!((many.norm() / want.iter().map(|x| x * x).sum::<f64>().sqrt() - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn nothing_is_read_that_is_to_be_replaced() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let (x, w) = (draw(&gpu, 1, &[5, 7]), draw(&gpu, 2, &[7, 3])); // [5, 7], [7, 3]
+    let mut y = Tensor::scratch(&gpu, [5, 7]); // [5, 7]: NaN on the simulator
+    y.axpby(2.0, &x, 0.0);
+    assert_eq!(y.to_f64(), x.scale(2.0).to_f64());
+    y.axpby(-2.0, &x, 1.0);
+    assert_eq!(y.to_f64(), [0.0; 35]);
+    let mut c = Tensor::scratch(&gpu, [5, 3]); // [5, 3]
+    Cuda::gemm(&[(&x).into()], &[(&w).into()], &mut [&mut c], Accum::Replace);
+    let once = c.to_f64();
+    assert!(once.iter().all(|x| x.is_finite()));
+    Cuda::gemm(&[(&x).into()], &[(&w).into()], &mut [&mut c], Accum::Add);
+    let twice: Vec<f64> = once.iter().map(|x| 2.0 * x).collect();
+    assert!(distance(&c.to_f64(), &twice) < 4.0 * UNIT);
+}
+
+#[test]
+fn a_shared_tensor_is_copied_before_it_is_written() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let x = draw(&gpu, 1, &[40]); // [40]
+    let mut y = x.clone();
+    y.axpby(1.0, &x, 1.0);
+    assert_eq!(x.scale(2.0).to_f64(), y.to_f64());
+    assert_eq!(x.to_f64(), draw(&gpu, 1, &[40]).to_f64());
+}
+
+#[test]
+fn tensors_without_elements() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let none = Tensor::zeros(&gpu, [0, 3]); // [0, 3]
+    assert_eq!(none.add(&none).to_f64(), [0f64; 0]);
+    assert_eq!(Cuda::sum_rows(&none).to_f64(), [0.0; 3]);
+    assert_eq!(none.matmul(&Tensor::zeros(&gpu, [3, 2])).to_f64(), [0f64; 0]);
+    assert_eq!(Tensor::zeros(&gpu, [2, 0]).matmul(&Tensor::zeros(&gpu, [0, 2])).to_f64(), [0.0; 4]);
+    let table = draw(&gpu, 1, &[4, 3]); // [4, 3]
+    assert_eq!(Cuda::embedding(&table, &[]).to_f64(), [0f64; 0]);
+    assert_eq!(Cuda::embedding_grad(table.shape(), &[], &none).to_f64(), [0.0; 12]);
+}
+
+#[test]
+fn indices_out_of_range_are_refused() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let table = draw(&gpu, 1, &[4, 3]); // [4, 3]
+    let panics = |f: &dyn Fn()| catch_unwind(AssertUnwindSafe(f)).is_err();
+    assert!(panics(&|| drop(Cuda::embedding(&table, &[4]))));
+    assert!(panics(&|| drop(Cuda::embedding_grad(table.shape(), &[4, 0, 0, 0], &table))));
+    assert!(panics(&|| drop(Cuda::cross_entropy(&table, &[0, 1, 2, 3]))));
+    let short = Tensor::from_buffer(&gpu, [9, 9], gpu.scratch(3)); // [9, 9] by its own account
+    assert!(panics(&|| drop(Cuda::unary(Unary::Exp, &short))));
+}
+
+/// A model with a pair, an embedding, a gain and a head; values and gradients of every step, and the weights after the last.
+fn spectron_steps<B: Backend>(device: &B) -> Vec<Vec<f64>> {
+    let (tokens, d, m, r, v) = (24, 16, 40, 6, 11);
+    let mut params = Params::default();
+    let embedding = params.dense("embedding", draw(device, 1, &[v, d])); // [v, d]
+    let gain = params.dense("gain", Tensor::full(device, [d], 1.0)); // [d]
+    let factor = |seed, rows| draw(device, seed, &[rows, r]).scale(0.4); // [rows, r]
+    let pairs = [(2, m, d), (4, m, d), (6, d, m)].map(|(seed, out, into)| {
+        params.pair(format!("pair {seed}"), FactorPair::new(factor(seed, out), factor(seed + 1, into))) // [out, r], [into, r]
+    });
+    let head = params.dense("head", draw(device, 8, &[v, d]).scale(0.2)); // [v, d]
+    let ids: Vec<u32> = (0..tokens).map(|i| (i * i + 3) % v as u32).collect();
+    let targets: Vec<u32> = (0..tokens).map(|i| (5 * i + 1) % v as u32).collect();
+    let mut optimizer = Optimizer::spectron(&params);
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        let tape = Tape::new(device);
+        let w = params.on(&tape);
+        let x = w[embedding].embedding(&ids).rms_norm(w[gain], 1e-5); // [tokens, d]
+        let [up, gate, down] = pairs.map(|p| (w[p].a, w[p].b));
+        let y = x.lowrank_linear(up.0, up.1).swiglu(x.lowrank_linear(gate.0, gate.1)); // [tokens, m]
+        let loss = (x + y.lowrank_linear(down.0, down.1)).linear(w[head]).cross_entropy(&targets); // [1]
+        seen.push(vec![loss.value().item()]);
+        let grads = w.gradients(loss.backward());
+        seen.extend(grads.tensors().map(Tensor::to_f64));
+        optimizer.step(&mut params, &grads, 0.05, 0.01);
+    }
+    seen.extend(params.values.tensors().map(Tensor::to_f64));
+    seen
+}
+
+#[test]
+fn spectron_steps_agree_with_the_cpu() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let exact = spectron_steps(&Cpu::<f64>::default());
+    let cpu = spectron_steps(&Cpu::<f32>::default());
+    for ((gpu, cpu), exact) in spectron_steps(&gpu).iter().zip(&cpu).zip(&exact) {
+        let (error, usual) = (distance(gpu, exact), distance(cpu, exact));
+        // rounding grows from step to step, on each in its own way
+        assert!(error < 10.0 * usual + 10.0 * UNIT && error < 1e-4, "{error:e}, on the CPU {usual:e}");
+    }
+}
+
+/// Other schedules of the threads, the same bits.
+#[test]
+fn the_order_of_threads_does_not_matter() {
+    let Some(gpu) = simulated_gpu() else { return };
+    let first = workload(&gpu);
+    for _ in 0..4 {
+        assert!(workload(&gpu).iter().map(bits).eq(first.iter().map(bits)));
+    }
+}
+
+/// Every kernel, at sizes at which its loops go round more than once.
+fn workload<B: Backend>(device: &B) -> Vec<Tensor<B>> {
+    let (n, d) = (70, 300); // more rows than a tile, more columns than threads
+    let (x, y, dy) = (draw(device, 1, &[n, d]), draw(device, 2, &[n, d]), draw(device, 3, &[n, d])); // [n, d]
+    let (g, b) = (draw(device, 4, &[d]), draw(device, 5, &[d])); // [d]
+    let ids: Vec<u32> = (0..n as u32).map(|i| (i * i) % 23).collect();
+    let mut out = vec![];
+    for f in [Unary::Exp, Unary::Tanh, Unary::Relu, Unary::Silu] {
+        out.extend([B::unary(f, &x), B::unary_grad(f, &x, &dy)]);
+    }
+    out.push(B::unary_grad(Unary::Log, &x, &dy));
+    out.extend([Binary::Add, Binary::Sub, Binary::Mul].map(|f| B::binary(f, &x, &y)));
+    out.extend([B::add_row(&x, &b), B::swiglu(&x, &y), B::softmax(&x)]);
+    out.extend(B::swiglu_grad(&x, &y, &dy));
+    out.push(B::softmax_grad(&B::softmax(&x), &dy));
+    let [normed, inv_rms] = B::rms_norm(&x, &g, 1e-5);
+    out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy));
+    out.extend([normed, inv_rms]);
+    let [normed, stats] = B::layer_norm(&x, &g, &b, 1e-5);
+    out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
+    out.extend([normed, stats]);
+    out.extend(B::cross_entropy(&x, &ids));
+    out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
+    out.push(B::sum_rows(&draw(device, 6, &[600, 40])));
+    let rope = Rope::new(device, 40, 10, 10_000.0);
+    let tape = Tape::new(device);
+    out.push(tape.constant(&x).rope(&rope, 35, 5).value());
+    let mut z = y.clone();
+    B::copy_cols(&x, 7, &mut z, 100, 150);
+    z.axpby(0.3, &x, -1.5);
+    out.push(z);
+    let [mut w, mut m, mut v] = [x.clone(), y.clone(), B::binary(Binary::Mul, &y, &y)];
+    let (lr, decay, bias1, bias2) = (0.1, 0.2, 0.3, 0.4);
+    B::adamw(
+        &mut w,
+        &dy,
+        &mut m,
+        &mut v,
+        AdamWStep { lr, beta1: 0.9, beta2: 0.99, eps: 1e-8, decay, bias1, bias2 },
+    );
+    out.extend([w, m, v]);
+    for (h, causal) in [(40, true), (20, false)] {
+        let how = Attention { batch: 1, heads: 2, kv_heads: 1, causal };
+        let q = draw(device, 7, &[70, 2 * h]); // [tq, 2·h]
+        let (k, v) = (draw(device, 8, &[97, h]), draw(device, 9, &[97, h])); // [tk, h]
+        let [o, lse] = B::attention(&q, &k, &v, how); // [tq, 2·h], [1, 2, tq]
+        out.extend(B::attention_grad([&q, &k, &v], &o, &lse, &q, how)); // like q, k, v
+        out.extend([o, lse]);
+    }
+    out.push(Tensor::full(device, [1], x.norm() + B::sum(&x))); // [1]
+    out
+}
+
+/// Whether the workload, under several schedules, is right to f32's rounding.
+fn is_right(device: &Cuda<f32>, exact: &[Tensor<Cpu<f64>>]) -> bool {
+    let once = || {
+        let close = |(x, exact): (&Tensor<_>, &Tensor<_>)| distance(&x.to_f64(), &exact.to_f64()) < 1e-5;
+        workload(device).iter().zip(exact).all(close)
+    };
+    (0..5).all(|_| catch_unwind(AssertUnwindSafe(once)).unwrap_or(false)) // the simulator panics at what it sees
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    let exact = workload(&Cpu::default());
+    let run = |source: &str| {
+        let opened = skip_without_compiler(Simulator::with(source, &["-O1"]))?;
+        Some(is_right(&Cuda::on(Arc::new(opened)), &exact))
+    };
+    let source = kernels::source();
+    let Some(right) = run(&source) else { return };
+    assert!(right, "the kernels as they are");
+    let bugs = [
+        ("a barrier before the sum is read", "= v;\n    __syncthreads();\n    v = 0;", "= v;\n    v = 0;"),
+        ("a barrier after the sum is read", "    __syncthreads(); // the next sum writes `part` again\n", ""),
+        (
+            "a barrier before the maximum is read",
+            "= v;\n    __syncthreads();\n    v = part[0];",
+            "= v;\n    v = part[0];",
+        ),
+        (
+            "a barrier before columns are added",
+            "part[threadIdx.x] = sum;\n    __syncthreads();",
+            "part[threadIdx.x] = sum;",
+        ),
+        (
+            "a barrier before tiles are loaded",
+            "        __syncthreads(); // all warps are done with the tiles before\n",
+            "",
+        ),
+        ("a barrier after tiles are loaded", "z.tk, z.h);\n        __syncthreads();\n", "z.tk, z.h);\n"),
+        (
+            "the wait for the warp's own P",
+            "        __syncwarp(); // the warp reads only its own rows of P\n",
+            "",
+        ),
+        ("a mask that shows one key too many", "key + z.tq <= i + z.tk", "key + z.tq <= i + z.tk + 1"),
+        ("a mask that hides a query's own key", "key + z.tq <= i + z.tk", "key + z.tq < i + z.tk"),
+        ("a tile of keys that is left out", "(end < z.tq ? end : z.tq)", "(end < z.tq ? end - TILE : z.tq)"),
+        (
+            "a tile of queries that is left out",
+            "(first - past) / TILE * TILE",
+            "(first - past) / TILE * TILE + TILE",
+        ),
+        (
+            "moments in the wrong order",
+            "const float* g, float* m, float* v",
+            "const float* g, float* v, float* m",
+        ),
+        ("length and offset in the wrong order", "u32 h, u32 len, u32 offset", "u32 h, u32 offset, u32 len"),
+        (
+            "an argument too few",
+            "KERNEL fill(float* y, float value, u64 n) {",
+            "KERNEL fill(float* y, float value) { u64 n = 1;",
+        ),
+        ("a write beyond the end", "FOR_EACH(i, n) y[i] = value;", "FOR_EACH(i, n + 1) y[i] = value;"),
+        ("a read beyond the end", "= g[c] * x[c] * s;", "= g[c + 1] * x[c] * s;"),
+        (
+            "a barrier that some threads do not reach",
+            "    v = 0;\n",
+            "    v = 0;\n    if (threadIdx.x == 40) return v;\n",
+        ),
+    ];
+    bugs.par_iter().for_each(|&(what, from, to)| {
+        assert!(source.contains(from), "{what}: the source has changed: {from}");
+        let right = run(&source.replacen(from, to, 1)).expect("it compiled before");
+        assert!(!right, "not found: {what}");
+    });
+}
+
+/// Where the processor is no x86-64 the fibers are made by the C library. The same there.
+#[test]
+fn the_other_way_to_switch_fibers() {
+    let opened = Simulator::with(&kernels::source(), &["-DSIMULATOR_UCONTEXT"]);
+    let Some(opened) = skip_without_compiler(opened) else { return };
+    assert!(is_right(&Cuda::on(Arc::new(opened)), &workload(&Cpu::default())));
+}
+
+#[test]
+fn a_missing_compiler_is_named() {
+    // in another process, whose environment may be changed
+    if std::env::var_os("RANKGRAD_TEST_CHILD").is_some() {
+        let error = Simulator::new().map(drop).expect_err("no such compiler");
+        assert!(error.starts_with("no C++ compiler: /nowhere/c++"), "{error}");
+        return;
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().expect("this test"));
+    child.args(["--exact", "a_missing_compiler_is_named"]);
+    let output =
+        child.env("RANKGRAD_TEST_CHILD", "1").env("CXX", "/nowhere/c++").output().expect("it starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
