@@ -516,7 +516,7 @@ mod tests {
 
     #[test]
     fn ten_steps_agree_with_pytorch() {
-        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw] {
+        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw, Method::DenseMuon] {
             let (single, double) = (deviation::<f32>(method), deviation::<f64>(method));
             println!("{}: f32 {single:.1e}, f64 {double:.1e}", crate::config::name(method));
             assert!(single < 1e-5, "{method:?} in f32: {single:e}");
