@@ -29,6 +29,9 @@ pub struct Product<T> {
     pub accum: Accum,
     /// Its rows are contiguous.
     pub c: (*mut T, isize),
+    /// `Some(row)`: C is a part, from this row on, of a symmetric matrix of which only what is on and below the diagonal will
+    /// be read; tiles above it are left out.
+    pub lower: Option<usize>,
 }
 
 /// Runs a product.
@@ -79,7 +82,7 @@ macro_rules! library {
         /// # Safety
         /// As [`sgemm`].
         pub unsafe fn $name(product: Product<$t>) {
-            let Product { sizes: [m, k, n], a, b, accum, c } = product;
+            let Product { sizes: [m, k, n], a, b, accum, c, .. } = product;
             let beta = if accum == Accum::Add { 1.0 } else { 0.0 };
             // SAFETY: the caller's promise is the callee's condition
             unsafe { matrixmultiply::$gemm(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, beta, c.0, c.1, 1) }
@@ -95,7 +98,7 @@ library!(dgemm, f64, dgemm);
 /// As [`sgemm`].
 #[inline(always)]
 unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
-    let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row) } =
+    let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row), lower } =
         product;
     let width = VECTORS * S::F32_LANES;
     // blocks of k of nearly one size, whatever m and n are: the sums must not depend on how C is cut
@@ -125,6 +128,10 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                         let mut i = 0;
                         while i < mc {
                             let h = height::<H>(mc - i);
+                            if lower.is_some_and(|row| row + i0 + i + h <= j0 + j) {
+                                i += h;
+                                continue;
+                            }
                             let rows = if copy_a {
                                 (a_packed.add(i * (kc + 1)).cast_const(), 1, h as isize)
                             } else {
@@ -396,6 +403,7 @@ mod tests {
                                 b: (b.as_ptr(), br, bc),
                                 accum,
                                 c: (c.as_mut_ptr(), n as isize),
+                                lower: None,
                             },
                         );
                     }
