@@ -38,7 +38,9 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     }
     if args.factorized && params.pair_names.is_empty() {
         let method = name(config.method);
-        return Err(Error::new(format!("--factorized: a model of {method} has no factor pairs; leave it out")));
+        return Err(Error::new(format!(
+            "--factorized: a model of {method} has no factor pairs; leave it out"
+        )));
     }
     let tensors = tensors(&params, args.factorized)?;
     let count: usize = tensors.iter().map(|(_, x)| x.len()).sum();
@@ -151,8 +153,10 @@ fn config_json(c: &Config) -> serde_json::Value {
 
 /// Bytes as tokens: a byte-level BPE without merges, in which byte b has the id b.
 fn tokenizer_json() -> serde_json::Value {
-    let vocab: serde_json::Map<_, _> = byte_letters().zip(0..256).map(|(c, b)| (c.into(), b.into())).collect();
-    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let vocab: serde_json::Map<_, _> =
+        byte_letters().zip(0..256).map(|(c, b)| (c.into(), b.into())).collect();
+    let bytes =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
     json!({
         "version": "1.0",
         "truncation": null,
