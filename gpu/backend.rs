@@ -21,11 +21,6 @@ impl Cuda<f32> {
         Self { executor, element: PhantomData }
     }
 
-    /// Waits until the device has done all that was asked of it. Only measurements need it.
-    pub fn sync(&self) {
-        self.executor.sync();
-    }
-
     fn alloc(&self, bytes: usize) -> Memory {
         Memory { executor: self.executor.clone(), address: self.executor.alloc(bytes), bytes }
     }
@@ -84,9 +79,9 @@ impl Cuda<f32> {
     /// # Safety
     /// As for `launch`.
     unsafe fn column_sums(&self, kernel: &'static str, [n, d]: [usize; 2], inputs: &[Arg]) -> Tensor<Self> {
-        /// Rows that one block adds.
-        const CHUNK: usize = 256;
-        let chunks = n.div_ceil(CHUNK).max(1);
+        // rows that one block adds: few, but not so few that adding up the chunks takes as long again
+        let chunk = n.div_ceil(1024).max(256);
+        let chunks = n.div_ceil(chunk).max(1);
         let sum = |kernel, inputs: &[Arg], n: usize, chunk: usize, out: [usize; 2]| {
             let mut y = Tensor::scratch(self, out); // [chunks, d]
             let tail = [(&mut y).into(), (n as u64).into(), int(d).into(), int(chunk).into()];
@@ -95,7 +90,7 @@ impl Cuda<f32> {
             unsafe { self.launch(kernel, [d.div_ceil(32), out[0], 1], 256, &args) };
             y
         };
-        let parts = sum(kernel, inputs, n, CHUNK, [chunks, d]); // [chunks, d]
+        let parts = sum(kernel, inputs, n, chunk, [chunks, d]); // [chunks, d]
         let total =
             if chunks == 1 { parts } else { sum("sum_rows", &[(&parts).into()], chunks, chunks, [1, d]) };
         total.reshape([d]) // [d]
@@ -233,6 +228,9 @@ impl Backend for Cuda<f32> {
         unsafe { self.each("fill", len, args![&buffer.0, value as f32, len as u64]) };
         buffer
     }
+    fn sync(&self) {
+        self.executor.sync();
+    }
 
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
         assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
@@ -261,6 +259,10 @@ impl Backend for Cuda<f32> {
         unsafe {
             device.executor.gemm(&Gemm { m, k, n, transposed, add: accum == Accum::Add, operands });
         }
+    }
+
+    fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
+        Self::gemm(a, b, c, Accum::Replace);
     }
 
     fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {

@@ -6,6 +6,10 @@
 //! know what it runs on. docs/gpu.md says what has been tested and how.
 
 mod backend;
+#[cfg(feature = "cuda")]
+mod compile;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod executor;
 pub mod kernels;
 #[cfg(feature = "cuda")]
@@ -14,6 +18,8 @@ mod probe;
 mod simulator;
 
 pub use backend::{Buffer, Cuda, Memory};
+#[cfg(feature = "cuda")]
+pub use compile::compile;
 #[cfg(feature = "cuda")]
 pub use probe::{Found, LIBS, Unavailable, devices};
 #[cfg(feature = "simulator")]

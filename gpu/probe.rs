@@ -98,7 +98,8 @@ fn look() -> Result<Vec<Found>, Unavailable> {
         return Err(Unavailable::NoDevice("it counts none".into()));
     }
     let found = (0..count).map(describe).collect::<Result<_, _>>().map_err(no_device)?;
-    libraries()?;
+    products()?;
+    compiler()?;
     Ok(found)
 }
 
@@ -125,23 +126,29 @@ pub(super) fn reason(error: result::DriverError) -> String {
     format!("{:?}", error.0)
 }
 
-/// Makes sure that cuBLAS and NVRTC can be opened.
-pub(super) fn libraries() -> Result<(), Unavailable> {
+/// Makes sure that cuBLAS can be opened.
+fn products() -> Result<(), Unavailable> {
     // SAFETY: as in `look`
-    let present = || unsafe { [cublas::sys::is_culib_present(), nvrtc::sys::is_culib_present()] };
-    if present() == [true, true] {
+    opened("cublas", &["cublasLt", "cublas"], || unsafe { cublas::sys::is_culib_present() })
+}
+
+/// Makes sure that NVRTC can be opened. It needs no driver.
+pub(super) fn compiler() -> Result<(), Unavailable> {
+    // it looks for its builtins by name alone, so they come first
+    // SAFETY: as in `look`
+    opened("nvrtc", &["nvrtc-builtins", "nvrtc"], || unsafe { nvrtc::sys::is_culib_present() })
+}
+
+/// `parts`: the files of the library, each before those that need it.
+fn opened(name: &'static str, parts: &[&str], present: impl Fn() -> bool) -> Result<(), Unavailable> {
+    if present() {
         return Ok(());
     }
     let tried = directories();
-    // each before those that need it: NVRTC looks for its builtins by name alone
-    for name in ["cublasLt", "cublas", "nvrtc-builtins", "nvrtc"] {
-        tried.iter().find(|directory| preload(directory, name));
+    for part in parts {
+        tried.iter().find(|directory| preload(directory, part));
     }
-    match present() {
-        [false, _] => Err(Unavailable::NoLibrary("cublas", tried)),
-        [_, false] => Err(Unavailable::NoLibrary("nvrtc", tried)),
-        _ => Ok(()),
-    }
+    if present() { Ok(()) } else { Err(Unavailable::NoLibrary(name, tried)) }
 }
 
 /// Opens lib`name`.so.* of a directory for the rest of the process, if it is there. A later opening by name alone, which is

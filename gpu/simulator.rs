@@ -8,6 +8,7 @@ use super::executor::{Address, Arg, Executor, Gemm, Launch, pointers};
 use super::kernels;
 use std::alloc::Layout;
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -52,8 +53,22 @@ impl Simulator {
         opened
     }
 
-    fn compile(folder: &std::path::Path, source: &str, options: &[&str]) -> Result<Self, String> {
-        let (text, library) = (folder.join("kernels.cpp"), folder.join("kernels.so"));
+    fn compile(folder: &Path, source: &str, options: &[&str]) -> Result<Self, String> {
+        let library = folder.join("kernels.so");
+        Self::build(&library, source, options)?;
+        // SAFETY: a library that this function has made; its initialisers are those of the C++ library
+        let library = unsafe { libloading::Library::new(&library) }.map_err(|e| e.to_string())?;
+        // SAFETY: simulator.h defines the function with this type
+        let simulate = unsafe { *library.get::<Simulate>(b"simulate").map_err(|e| e.to_string())? };
+        Ok(Self { simulate, launches: AtomicU32::new(0), _library: library })
+    }
+
+    /// Makes the shared library, without opening it.
+    ///
+    /// # Errors
+    /// As for [`Simulator::new`].
+    pub fn build(library: &Path, source: &str, options: &[&str]) -> Result<(), String> {
+        let text = library.with_extension("cpp");
         let table: String = kernels::NAMES.iter().map(|name| format!("SIMULATE({name})\n")).collect();
         let host = include_str!("simulator/simulator.h");
         let all = format!("#line 1 \"simulator.h\"\n{host}{source}\nSIMULATE_BEGIN\n{table}SIMULATE_END\n");
@@ -61,16 +76,12 @@ impl Simulator {
         let compiler = std::env::var("CXX").unwrap_or("c++".into());
         let mut command = Command::new(&compiler);
         command.args(["-std=c++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC"]).args(options);
-        command.arg("-o").arg(&library).arg(&text).stdin(Stdio::null());
+        command.arg("-o").arg(library).arg(&text).stdin(Stdio::null());
         let output = command.output().map_err(|e| format!("no C++ compiler: {compiler}: {e}"))?;
         if !output.status.success() {
             return Err(format!("{compiler}: {}", String::from_utf8_lossy(&output.stderr)));
         }
-        // SAFETY: a library that this function has made; its initialisers are those of the C++ library
-        let library = unsafe { libloading::Library::new(&library) }.map_err(|e| e.to_string())?;
-        // SAFETY: simulator.h defines the function with this type
-        let simulate = unsafe { *library.get::<Simulate>(b"simulate").map_err(|e| e.to_string())? };
-        Ok(Self { simulate, launches: AtomicU32::new(0), _library: library })
+        Ok(())
     }
 }
 

@@ -23,6 +23,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn scratch(&self, len: usize) -> Self::Buffer;
     /// `len` copies of `value`.
     fn filled(&self, len: usize, value: f64) -> Self::Buffer;
+    /// Waits until everything asked for so far is done. Only measurements of time need it.
+    fn sync(&self);
 
     /// `c[i] ←` or `+= a[i] · b[i]` for a batch of independent products of one shape. Not the whole batch need be contiguous.
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum);

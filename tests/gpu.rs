@@ -6,11 +6,13 @@
 
 mod common;
 
-use common::{bits, rng, simulated_gpu, skip_without_compiler};
+use common::{bits, gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
 use rankgrad::gpu::{Cuda, Simulator, kernels};
 use rankgrad::lowrank::{FactorPair, Optimizer, Params};
+#[cfg(feature = "cuda")]
+use rankgrad::tensor::Mat;
 use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Binary, Cpu, Scalar, Tensor, Unary};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -47,7 +49,7 @@ fn attention<B: Backend>(device: &B, [tq, tk, h]: [usize; 3], how: Attention) ->
 
 #[test]
 fn attention_of_every_head_size() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     for (i, h) in [1, 8, 31, 32, 33, 64, 65, 96, 127, 128].into_iter().enumerate() {
         let how = Attention { batch: 2, heads: 2, kv_heads: 1 + i % 2, causal: i % 3 != 0 };
         for sizes in [[70, 97, h], [33, 33, h]] {
@@ -64,14 +66,14 @@ fn attention_of_every_head_size() {
 #[test]
 #[should_panic(expected = "on GPUs a head has at most 128 columns, not 129")]
 fn a_head_that_is_too_wide_is_refused() {
-    let Some(gpu) = simulated_gpu() else { panic!("on GPUs a head has at most 128 columns, not 129") };
+    let Some(gpu) = gpu() else { panic!("on GPUs a head has at most 128 columns, not 129") };
     let how = Attention { batch: 1, heads: 1, kv_heads: 1, causal: true };
     attention(&gpu, [2, 2, 129], how);
 }
 
 #[test]
 fn norms_of_large_small_and_missing_values() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let norm = |values: Vec<f32>| Tensor::from_vec(&gpu, [values.len()], values).norm(); // [n]
     assert!((norm(vec![1e30; 10_000]) / 1e32 - 1.0).abs() < 1e-6);
     assert!((norm(vec![1e-40; 10_000]) / 1e-38 - 1.0).abs() < 1e-5); // 1e-40 has 17 bits
@@ -87,7 +89,7 @@ fn norms_of_large_small_and_missing_values() {
 
 #[test]
 fn nothing_is_read_that_is_to_be_replaced() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let (x, w) = (draw(&gpu, 1, &[5, 7]), draw(&gpu, 2, &[7, 3])); // [5, 7], [7, 3]
     let mut y = Tensor::scratch(&gpu, [5, 7]); // [5, 7]: NaN on the simulator
     y.axpby(2.0, &x, 0.0);
@@ -105,7 +107,7 @@ fn nothing_is_read_that_is_to_be_replaced() {
 
 #[test]
 fn a_shared_tensor_is_copied_before_it_is_written() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let x = draw(&gpu, 1, &[40]); // [40]
     let mut y = x.clone();
     y.axpby(1.0, &x, 1.0);
@@ -115,7 +117,7 @@ fn a_shared_tensor_is_copied_before_it_is_written() {
 
 #[test]
 fn tensors_without_elements() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let none = Tensor::zeros(&gpu, [0, 3]); // [0, 3]
     assert_eq!(none.add(&none).to_f64(), [0f64; 0]);
     assert_eq!(Cuda::sum_rows(&none).to_f64(), [0.0; 3]);
@@ -128,7 +130,7 @@ fn tensors_without_elements() {
 
 #[test]
 fn indices_out_of_range_are_refused() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let table = draw(&gpu, 1, &[4, 3]); // [4, 3]
     let panics = |f: &dyn Fn()| catch_unwind(AssertUnwindSafe(f)).is_err();
     assert!(panics(&|| drop(Cuda::embedding(&table, &[4]))));
@@ -171,7 +173,7 @@ fn spectron_steps<B: Backend>(device: &B) -> Vec<Vec<f64>> {
 
 #[test]
 fn spectron_steps_agree_with_the_cpu() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let exact = spectron_steps(&Cpu::<f64>::default());
     let cpu = spectron_steps(&Cpu::<f32>::default());
     for ((gpu, cpu), exact) in spectron_steps(&gpu).iter().zip(&cpu).zip(&exact) {
@@ -184,7 +186,7 @@ fn spectron_steps_agree_with_the_cpu() {
 /// Other schedules of the threads, the same bits.
 #[test]
 fn the_order_of_threads_does_not_matter() {
-    let Some(gpu) = simulated_gpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let first = workload(&gpu);
     for _ in 0..4 {
         assert!(workload(&gpu).iter().map(bits).eq(first.iter().map(bits)));
@@ -244,13 +246,13 @@ fn workload<B: Backend>(device: &B) -> Vec<Tensor<B>> {
     out
 }
 
-/// Whether the workload, under several schedules, is right to f32's rounding.
-fn is_right(device: &Cuda<f32>, exact: &[Tensor<Cpu<f64>>]) -> bool {
+/// Whether the workload, so many times and under as many schedules, is right to f32's rounding.
+fn is_right(device: &Cuda<f32>, exact: &[Tensor<Cpu<f64>>], times: usize) -> bool {
     let once = || {
         let close = |(x, exact): (&Tensor<_>, &Tensor<_>)| distance(&x.to_f64(), &exact.to_f64()) < 1e-5;
         workload(device).iter().zip(exact).all(close)
     };
-    (0..5).all(|_| catch_unwind(AssertUnwindSafe(once)).unwrap_or(false)) // the simulator panics at what it sees
+    (0..times).all(|_| catch_unwind(AssertUnwindSafe(once)).unwrap_or(false)) // the simulator panics at what it sees
 }
 
 #[test]
@@ -258,7 +260,7 @@ fn planted_bugs_are_found() {
     let exact = workload(&Cpu::default());
     let run = |source: &str| {
         let opened = skip_without_compiler(Simulator::with(source, &["-O1"]))?;
-        Some(is_right(&Cuda::on(Arc::new(opened)), &exact))
+        Some(is_right(&Cuda::on(Arc::new(opened)), &exact, 5))
     };
     let source = kernels::source();
     let Some(right) = run(&source) else { return };
@@ -321,12 +323,121 @@ fn planted_bugs_are_found() {
     });
 }
 
+/// By the same calls as on a device, but for its opening. benches/nvrtc.py looks closer.
+#[test]
+#[cfg(feature = "cuda")]
+fn nvrtc_compiles_the_kernels() {
+    let source = kernels::source();
+    let cubin = match rankgrad::gpu::compile(&source, "sm_90") {
+        Err(why) if why.starts_with("libnvrtc") && std::env::var_os("RANKGRAD_REQUIRE_NVRTC").is_none() => {
+            return println!("skipped: {why}");
+        }
+        image => image.unwrap(),
+    };
+    assert!(cubin.starts_with(b"\x7fELF"));
+    let ptx = rankgrad::gpu::compile(&source, "compute_80").unwrap();
+    let ptx = String::from_utf8_lossy(&ptx);
+    for name in kernels::NAMES {
+        assert!(ptx.contains(&format!(".entry {name}(")), "{name}");
+    }
+    let error = rankgrad::gpu::compile("KERNEL", "sm_90").unwrap_err();
+    assert!(error.contains("kernels.cu(1): error"), "{error}");
+}
+
+/// gpu/cuda.rs through cudarc, on a driver, a cuBLAS and an NVRTC that are made of the simulator: tests/fake_cuda.cpp.
+#[test]
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn cuda_calls_do_what_they_should() {
+    if std::env::var_os("RANKGRAD_TEST_CHILD").is_some() {
+        return on_a_fake_driver();
+    }
+    let folder = std::env::temp_dir().join(format!("rankgrad-fake-cuda-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let library = folder.join("libcuda.so");
+    let source =
+        format!("{}\n#line 1 \"fake_cuda.cpp\"\n{}", kernels::source(), include_str!("fake_cuda.cpp"));
+    if skip_without_compiler(Simulator::build(&library, &source, &[])).is_some() {
+        for name in ["libcublas.so", "libnvrtc.so"] {
+            std::fs::copy(&library, folder.join(name)).unwrap();
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().expect("this test"));
+        child
+            .args(["--exact", "cuda_calls_do_what_they_should", "--nocapture"])
+            .env("RANKGRAD_TEST_CHILD", "1");
+        child.env("LD_LIBRARY_PATH", &folder).env("XDG_CACHE_HOME", &folder);
+        let output = child.output().expect("it starts");
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let kept = std::fs::read_dir(folder.join("rankgrad")).expect("the cache").flatten().count();
+        assert_eq!(kept, 1);
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn on_a_fake_driver() {
+    let found = rankgrad::gpu::devices().unwrap();
+    assert_eq!(found[0].to_string(), "cuda:0: Simulated, 1.0 GiB, compute capability 9.0");
+    let error = Cuda::open(1).unwrap_err().to_string();
+    assert_eq!(error, "there is no cuda:1: the devices are 0 to 0");
+    let cpu = Cpu::<f64>::default();
+    let exact = workload(&cpu);
+    for _ in 0..2 {
+        let gpu = Cuda::open(0).unwrap(); // the second time from the cache
+        // from several threads: each has to enter the context
+        [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right(&gpu, &exact, times)));
+        for (gpu, exact) in spectron_steps(&gpu).iter().zip(&spectron_steps(&cpu)) {
+            assert!(distance(gpu, exact) < 1e-4);
+        }
+        // every kind of product, alone and in a batch
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let products = |count: usize, k: usize| {
+                let shape = |t: bool, rows, cols| if t { [cols, rows] } else { [rows, cols] };
+                fn run<B: Backend>(
+                    device: &B,
+                    count: usize,
+                    a: [usize; 2],
+                    b: [usize; 2],
+                    [ta, tb]: [bool; 2],
+                ) -> Vec<f64> {
+                    let draws = |first, shape: [usize; 2]| -> Vec<Tensor<B>> {
+                        (first..first + count).map(|seed| draw(device, seed as u64, &shape)).collect() // shape
+                    };
+                    let (a, b) = (draws(0, a), draws(50, b));
+                    let mut c = draws(100, [5, 3]); // [5, 3] each
+                    fn mat<B: Backend>(x: &Tensor<B>, t: bool) -> Mat<'_, B> {
+                        if t { x.t() } else { x.into() }
+                    }
+                    let a: Vec<Mat<B>> = a.iter().map(|x| mat(x, ta)).collect();
+                    let b: Vec<Mat<B>> = b.iter().map(|x| mat(x, tb)).collect();
+                    for accum in [Accum::Add, Accum::Replace, Accum::Add] {
+                        B::gemm(&a, &b, &mut c.iter_mut().collect::<Vec<_>>(), accum);
+                    }
+                    c.iter().flat_map(Tensor::to_f64).collect()
+                }
+                let (a, b) = (shape(ta, 5, k), shape(tb, k, 3));
+                distance(&run(&gpu, count, a, b, [ta, tb]), &run(&cpu, count, a, b, [ta, tb]))
+            };
+            for (count, k) in [(1, 7), (4, 7), (1, 0), (2, 0)] {
+                assert!(products(count, k) < 1e-6, "{count} products, {k}, {ta} {tb}");
+            }
+        }
+        let too_much =
+            catch_unwind(AssertUnwindSafe(|| drop(Tensor::scratch(&gpu, [1 << 20, 300])))).unwrap_err();
+        let said = too_much.downcast_ref::<String>().expect("a message");
+        assert!(
+            said.contains("GPU cuda:0: 1.172 GiB asked for, ") && said.contains(" of 1.000 GiB free"),
+            "{said}"
+        );
+    }
+}
+
 /// Where the processor is no x86-64 the fibers are made by the C library. The same there.
 #[test]
 fn the_other_way_to_switch_fibers() {
     let opened = Simulator::with(&kernels::source(), &["-DSIMULATOR_UCONTEXT"]);
     let Some(opened) = skip_without_compiler(opened) else { return };
-    assert!(is_right(&Cuda::on(Arc::new(opened)), &workload(&Cpu::default())));
+    assert!(is_right(&Cuda::on(Arc::new(opened)), &workload(&Cpu::default()), 2));
 }
 
 #[test]

@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{config, rng, simulated_gpu, size};
+use common::{config, gpu, rng, size};
 use ndarray::ArrayD;
 use proptest::prelude::*;
 use rand_distr::{Distribution, StandardNormal};
@@ -494,7 +494,7 @@ fn check_f32(row: &Row, z: &Sizes) -> f64 {
 }
 
 fn check_gpu(row: &Row, z: &Sizes) -> f64 {
-    within_tolerance(row, row.on_gpu, &simulated_gpu().expect("the test has asked for it"), z)
+    within_tolerance(row, row.on_gpu, &gpu().expect("the test has asked for it"), z)
 }
 
 fn within_tolerance<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> f64 {
@@ -578,7 +578,7 @@ fn f32_agrees_with_f64() {
 
 #[test]
 fn the_gpu_agrees_with_f64() {
-    if simulated_gpu().is_some() {
+    if gpu().is_some() {
         property("GPU, yardsticks", 24, check_gpu);
     }
 }

@@ -74,7 +74,7 @@ fn the_library_example_is_that_of_the_documentation() {
 
 #[test]
 fn links_lead_somewhere() {
-    let docs = ["docs/results.md", "docs/orthogonalisers.md", "docs/performance.md"];
+    let docs = ["docs/results.md", "docs/orthogonalisers.md", "docs/performance.md", "docs/gpu.md"];
     for page in ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].into_iter().chain(docs) {
         let text = read(page);
         for link in links(&text) {

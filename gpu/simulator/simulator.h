@@ -61,6 +61,7 @@ inline void begin_at(Context& context, void (*start)(), char* stack, size_t byte
 
 const size_t STACK = 64 << 10;
 const unsigned LANES = 32;
+const size_t ANY_COUNT = SIZE_MAX; // arguments from somebody who does not know how many there are
 
 struct Fiber {
     enum State { READY, AT_WARP, AT_BLOCK, DONE } state;
@@ -161,7 +162,7 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), void** args, 
 
 template <class... A>
 const char* launch(void (*kernel)(A...), const unsigned* grid, unsigned threads, size_t shared, unsigned schedule, void** args, size_t count) {
-    if (count != sizeof...(A)) return "another number of arguments than the kernel has";
+    if (count != sizeof...(A) && count != ANY_COUNT) return "another number of arguments than the kernel has";
     auto run = [=] { call(kernel, args, std::index_sequence_for<A...>{}); };
     body = [](void* data) { (*static_cast<decltype(run)*>(data))(); };
     body_data = &run;

@@ -3,13 +3,14 @@
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-use rankgrad::tensor::Cpu;
+use rankgrad::tensor::Backend;
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
 use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
-use crate::error::Result;
+use crate::device::{self, Device, on_device};
+use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::run::peak_memory_mib;
 use crate::trainer::{OpTimes, Step, Trainer};
@@ -43,8 +44,13 @@ struct Report {
 pub fn bench(args: &BenchArgs) -> Result<()> {
     let overrides = Overrides { model: args.model.clone(), ..Overrides::default() };
     let config = overrides.resolve()?;
-    let (report, times) =
-        crate::pool(config.threads)?.install(|| measure(&config, args.steps, args.profile))?;
+    if args.profile && args.on.device != Device::Cpu {
+        // a GPU's op has only been asked for when it returns
+        return Err(Error::new("--profile takes the time of ops on the processor: leave out --device"));
+    }
+    let opened = device::open(args.on.device)?;
+    let (report, times) = crate::pool(config.threads)?
+        .install(|| on_device!(opened, |device| measure(&device, &config, args.steps, args.profile)))?;
     if args.json {
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
@@ -89,8 +95,13 @@ fn table(times: &OpTimes, steps: usize) -> String {
     text
 }
 
-fn measure(config: &Config, steps: usize, profile: bool) -> Result<(Report, OpTimes)> {
-    let mut trainer = Trainer::new(&Cpu::<f32>::default(), config);
+fn measure<B: Backend>(
+    device: &B,
+    config: &Config,
+    steps: usize,
+    profile: bool,
+) -> Result<(Report, OpTimes)> {
+    let mut trainer = Trainer::new(device, config);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {
@@ -146,14 +157,17 @@ fn measure(config: &Config, steps: usize, profile: bool) -> Result<(Report, OpTi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rankgrad::tensor::Cpu;
 
     #[test]
     fn the_profile_counts_each_op_and_its_time_fits_into_the_step() {
         let config = Overrides::default().resolve().unwrap(); // tiny: 12 rows, 2 at a time; 4 layers with 7 pairs each
         let steps = 2;
         let start = Instant::now();
-        let (_, times) =
-            crate::pool(1).unwrap().install(|| measure(&config, steps, true)).expect("the default is usable");
+        let (_, times) = crate::pool(1)
+            .unwrap()
+            .install(|| measure(&Cpu::<f32>::default(), &config, steps, true))
+            .expect("the default is usable");
         let wall = start.elapsed();
         assert_eq!(times["lowrank_linear"].calls, steps * 6 * 4 * 7);
         assert_eq!(times["attention"].calls, steps * 6 * 4);
@@ -170,7 +184,8 @@ mod tests {
         assert!(*all == 100.0 && (ops.iter().sum::<f64>() - 100.0).abs() < 0.1 * ops.len() as f64, "{table}");
         assert!(ops.is_sorted_by(|a, b| a >= b), "{table}");
 
-        let (_, none) = crate::pool(1).unwrap().install(|| measure(&config, 1, false)).unwrap();
+        let (_, none) =
+            crate::pool(1).unwrap().install(|| measure(&Cpu::<f32>::default(), &config, 1, false)).unwrap();
         assert!(none.is_empty());
     }
 }

@@ -10,6 +10,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{ModelOptions, Overrides};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::study::{Kind, StudyOptions};
 
@@ -57,6 +58,14 @@ pub enum Command {
     Devices,
 }
 
+/// The flag of the commands that compute.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct DeviceOption {
+    /// Where to compute: cpu, cuda, cuda:N (see `rankgrad devices`), or auto, a GPU if there is one. GPUs: see docs/gpu.md
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
+}
+
 const CHECKPOINT: &str = "A run's directory (its newest checkpoint) or one .safetensors file of it";
 
 fn at_least_one() -> RangedU64ValueParser<usize> {
@@ -87,6 +96,8 @@ pub struct TrainArgs {
     #[arg(long)]
     pub quiet: bool,
     #[command(flatten)]
+    pub on: DeviceOption,
+    #[command(flatten)]
     pub overrides: Overrides,
 }
 
@@ -111,6 +122,8 @@ pub struct EvalArgs {
     /// Print one JSON object: val_loss (nats per token), val_bits_per_byte, tokens
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub on: DeviceOption,
 }
 
 /// Flags of `generate`.
@@ -135,6 +148,8 @@ pub struct GenerateArgs {
     /// Seed of the sampling: the same seed gives the same text
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    #[command(flatten)]
+    pub on: DeviceOption,
 }
 
 impl GenerateArgs {
@@ -211,6 +226,8 @@ pub struct BenchArgs {
     /// Also print where forward and backward spend their time, by op
     #[arg(long, conflicts_with = "json")]
     pub profile: bool,
+    #[command(flatten)]
+    pub on: DeviceOption,
     #[command(flatten)]
     pub model: ModelOptions,
 }
@@ -362,6 +379,7 @@ mod tests {
             temperature: 1.0,
             top_k: None,
             seed: 0,
+            on: DeviceOption { device: Device::Cpu },
         };
         let refused = |args: GenerateArgs| args.checked_prompt().unwrap_err().to_string();
         assert_eq!(args("a").checked_prompt().unwrap(), "a");

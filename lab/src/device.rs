@@ -1,8 +1,79 @@
-//! `devices`: what there is to compute on.
+//! What there is to compute on: `devices` lists it, `--device` chooses.
 
-use crate::error::Result;
+use std::str::FromStr;
 
-/// Prints a line for the processor and one for each GPU, or why there is none.
+use rankgrad::tensor::Cpu;
+
+use crate::error::{Error, Result};
+
+/// What `--device` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(usize),
+    /// The first GPU if there is one, else the processor.
+    Auto,
+}
+
+impl FromStr for Device {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "auto" => Ok(Self::Auto),
+            _ => match text.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(ordinal)) => Ok(Self::Cuda(ordinal)),
+                _ => Err("one of cpu, cuda, cuda:N and auto".into()),
+            },
+        }
+    }
+}
+
+/// A device, ready to compute. [`on_device`] runs the same code on either.
+pub enum Opened {
+    Cpu(Cpu<f32>),
+    #[cfg(feature = "cuda")]
+    Cuda(rankgrad::gpu::Cuda<f32>),
+}
+
+/// Opens what was asked for; `auto` says on standard error what it takes.
+///
+/// # Errors
+/// Why there is no such GPU, and what to do.
+pub fn open(device: Device) -> Result<Opened> {
+    let cpu = Opened::Cpu(Cpu::default());
+    match device {
+        Device::Cpu => Ok(cpu),
+        Device::Cuda(ordinal) => {
+            cuda(ordinal).map_err(|why| Error::new(format!("--device cuda: {why}; or use --device cpu")))
+        }
+        Device::Auto => match cuda(0) {
+            Ok(gpu) => {
+                eprintln!("device: cuda:0");
+                Ok(gpu)
+            }
+            Err(why) => {
+                eprintln!("device: cpu ({why})");
+                Ok(cpu)
+            }
+        },
+    }
+}
+
+/// Evaluates an expression with `$device` bound to the opened backend, whichever it is.
+macro_rules! on_device {
+    ($opened:expr, |$device:ident| $run:expr) => {
+        match $opened {
+            $crate::device::Opened::Cpu($device) => $run,
+            #[cfg(feature = "cuda")]
+            $crate::device::Opened::Cuda($device) => $run,
+        }
+    };
+}
+pub(crate) use on_device;
+
+/// `devices`: a line for the processor and one for each GPU, or why there is none.
 ///
 /// # Errors
 /// None: that there is no GPU is an answer.
@@ -16,17 +87,26 @@ pub fn devices() -> Result<()> {
     Ok(())
 }
 
-/// One line for each GPU.
-///
-/// # Errors
-/// Why none can be used.
 #[cfg(feature = "cuda")]
 fn gpus() -> std::result::Result<Vec<String>, String> {
     let found = rankgrad::gpu::devices().map_err(|why| why.to_string())?;
     Ok(found.iter().map(ToString::to_string).collect())
 }
 
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> std::result::Result<Opened, String> {
+    rankgrad::gpu::Cuda::open(ordinal).map(Opened::Cuda).map_err(|why| why.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+const NOT_BUILT: &str = "this build has no GPU support; build with --features cuda";
+
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> std::result::Result<Vec<String>, String> {
-    Err("this build has no GPU support; build with --features cuda".into())
+    Err(NOT_BUILT.into())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> std::result::Result<Opened, String> {
+    Err(NOT_BUILT.into())
 }

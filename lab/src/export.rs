@@ -28,7 +28,7 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let Layout::HfLlama = args.to;
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
     let config = checkpoint.meta.config.clone();
-    let (_, params) = load_model(checkpoint)?;
+    let (_, params) = load_model(&Cpu::default(), checkpoint)?;
     if params.hidden_names.iter().any(|name| name.ends_with(".guide")) {
         return Err(Error::new(format!(
             "{} still has the guides of {}, which are no part of the final model; export a checkpoint of its second half",

@@ -5,11 +5,12 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rankgrad::lowrank::Params;
-use rankgrad::tensor::Cpu;
+use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::GenerateArgs;
 use crate::config::Config;
+use crate::device::{self, on_device};
 use crate::error::Result;
 use crate::model::Model;
 use crate::trainer::load_model;
@@ -33,18 +34,20 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let prompt = args.checked_prompt()?;
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
     let config = checkpoint.meta.config.clone();
-    let (model, params) = load_model(checkpoint)?;
     let sampling =
         Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
-    let text = crate::pool(0)?.install(|| sample(&model, &params, &config, prompt.as_bytes(), &sampling));
+    let text = on_device!(device::open(args.on.device)?, |device| {
+        let (model, params) = load_model(&device, checkpoint)?;
+        crate::pool(0)?.install(|| sample(&model, &params, &config, prompt.as_bytes(), &sampling))
+    });
     crate::say!("{prompt}{}", String::from_utf8_lossy(&text));
     Ok(())
 }
 
 /// The bytes that the model adds to `prompt`, which must not be empty.
-pub fn sample(
-    model: &Model<Cpu<f32>>,
-    params: &Params<Cpu<f32>>,
+pub fn sample<B: Backend<Elem = f32>>(
+    model: &Model<B>,
+    params: &Params<B>,
     config: &Config,
     prompt: &[u8],
     how: &Sampling,

@@ -10,6 +10,7 @@ use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::{EvalArgs, InspectArgs};
 use crate::config::{Config, name};
 use crate::data::Corpus;
+use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::run::{MatrixRecord, Record, Telemetry, read_metrics};
 use crate::trainer::{Trainer, load_model};
@@ -37,9 +38,11 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     }
     let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
-        let mut trainer = Trainer::new(&Cpu::default(), &config);
-        trainer.restore(checkpoint)?;
-        Ok::<_, Error>(trainer.validate(&corpus, args.batches))
+        on_device!(device::open(args.on.device)?, |device| {
+            let mut trainer = Trainer::new(&device, &config);
+            trainer.restore(checkpoint)?;
+            Ok::<_, Error>(trainer.validate(&corpus, args.batches))
+        })
     })?;
     let evaluation = Evaluation { val_loss, val_bits_per_byte: val_loss / std::f64::consts::LN_2, tokens };
     if args.json {
@@ -161,7 +164,7 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
     let path = checkpoint::find(&args.checkpoint)?;
     let checkpoint = Checkpoint::load(&path)?;
     let meta = checkpoint.meta.clone();
-    let (_, params) = load_model(checkpoint)?;
+    let (_, params) = load_model(&Cpu::default(), checkpoint)?;
     let last = newest_telemetry(&path, meta.step)?;
     let report = report(&meta, &params, last.as_ref());
     if args.json {

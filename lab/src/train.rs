@@ -5,12 +5,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use rankgrad::tensor::Cpu;
+use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::TrainArgs;
 use crate::config::Config;
 use crate::data::Corpus;
+use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
@@ -32,6 +33,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (saved.meta.config.resumed_with(&asked)?, Some((directory, saved)))
         }
     };
+    let opened = device::open(args.on.device)?;
     let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
     let (run, saved) = match saved {
         None => (Run::create(&config)?, None),
@@ -41,30 +43,41 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         }
     };
     catch_interrupts()?;
-    crate::pool(config.threads)?.install(|| {
-        let mut training = Loop::new(&config, &corpus, run, saved)?;
-        let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
-        progress.note(&format!("data: {}", corpus.summary));
-        let params = training.trainer.params.count();
-        progress.note(&format!("run: {} ({params} parameters)", training.run.directory.display()));
-        match training.run(args.stop_after, &mut progress)? {
-            End::Finished(summary) => training.show(&summary, args.quiet),
-            End::Diverged { reason, .. } => Err(Error::new(format!(
-                "{reason}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip"
-            ))),
-            End::Stopped(checkpoint) => {
-                let why = if interrupted() { "interrupted" } else { "stopped as asked" };
-                eprintln!(
-                    "{why} after step {} of {}; saved {}. Continue with: rankgrad train --resume {}",
-                    training.trainer.steps(),
-                    config.steps,
-                    checkpoint.display(),
-                    training.run.directory.display()
-                );
-                Ok(())
-            }
+    crate::pool(config.threads)?
+        .install(|| on_device!(opened, |device| train_on(&device, args, &config, &corpus, run, saved)))
+}
+
+/// The run, begun or gone on with, to its end or to where it is stopped.
+fn train_on<B: Backend<Elem = f32>>(
+    device: &B,
+    args: &TrainArgs,
+    config: &Config,
+    corpus: &Corpus,
+    run: Run,
+    saved: Option<Checkpoint>,
+) -> Result<()> {
+    let mut training = Loop::new(device, config, corpus, run, saved)?;
+    let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
+    progress.note(&format!("data: {}", corpus.summary));
+    let params = training.trainer.params.count();
+    progress.note(&format!("run: {} ({params} parameters)", training.run.directory.display()));
+    match training.run(args.stop_after, &mut progress)? {
+        End::Finished(summary) => training.show(&summary, args.quiet),
+        End::Diverged { reason, .. } => Err(Error::new(format!(
+            "{reason}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip"
+        ))),
+        End::Stopped(checkpoint) => {
+            let why = if interrupted() { "interrupted" } else { "stopped as asked" };
+            eprintln!(
+                "{why} after step {} of {}; saved {}. Continue with: rankgrad train --resume {}",
+                training.trainer.steps(),
+                config.steps,
+                checkpoint.display(),
+                training.run.directory.display()
+            );
+            Ok(())
         }
-    })
+    }
 }
 
 /// The corpus must be the one that the run began with.
@@ -93,22 +106,28 @@ pub enum End {
 }
 
 /// A run in its directory, and the state that it moves.
-pub struct Loop<'a> {
+pub struct Loop<'a, B: Backend> {
     config: &'a Config,
     corpus: &'a Corpus,
     run: Run,
-    trainer: Trainer,
+    trainer: Trainer<B>,
     /// Tokens, seconds and best loss so far.
     meta: Meta,
 }
 
-impl<'a> Loop<'a> {
+impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     /// A new run, or what `saved` continues.
     ///
     /// # Errors
     /// A checkpoint that does not fit the configuration.
-    pub fn new(config: &'a Config, corpus: &'a Corpus, run: Run, saved: Option<Checkpoint>) -> Result<Self> {
-        let mut trainer = Trainer::new(&Cpu::default(), config);
+    pub fn new(
+        device: &B,
+        config: &'a Config,
+        corpus: &'a Corpus,
+        run: Run,
+        saved: Option<Checkpoint>,
+    ) -> Result<Self> {
+        let mut trainer = Trainer::new(device, config);
         let mut meta = Meta::new(config, corpus);
         if let Some(saved) = saved {
             meta = Meta { config: config.clone(), ..saved.meta.clone() };

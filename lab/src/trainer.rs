@@ -23,9 +23,6 @@ use crate::methods::{Matrices, PairRule, entry, optimizer};
 use crate::model::Model;
 use crate::run::{MatrixRecord, PairRecord, Telemetry};
 
-/// Where checkpoints are read and written.
-type Host = Cpu<f32>;
-
 /// A model in training.
 pub struct Trainer<B: Backend = Cpu<f32>> {
     device: B,
@@ -52,7 +49,8 @@ pub struct Step {
     pub optimizer: Duration,
 }
 
-/// A batch is cut into this many lanes, which threads take whole. The number is fixed, so that the order of the sums is too.
+/// On the processor a batch is cut into this many lanes, which threads take whole. The number is fixed, so that the order of the
+/// sums is too. A GPU ([`Backend::WORKING_SET`] unlimited) takes the batch as it is.
 const LANES: usize = 2;
 
 /// Tokens that go through the model at once, if sequences are not longer: few, so that what one op writes is still in the
@@ -82,7 +80,7 @@ fn lane<B: Backend>(
     timed: bool,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
     let len = batch.inputs.len() / batch.rows;
-    let at_once = (TOKENS / len).max(1);
+    let at_once = if B::WORKING_SET == usize::MAX { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut sum = None;
@@ -145,7 +143,8 @@ impl<B: Backend> Trainer<B> {
                     guide::training_weights(&self.config, skip, self.steps(), i as u64, guides);
             }
             let start = Instant::now();
-            let (lanes, timed) = (batch.rows.min(LANES), self.op_times.is_some());
+            let lanes = if B::WORKING_SET == usize::MAX { 1 } else { batch.rows.min(LANES) };
+            let timed = self.op_times.is_some();
             let lane = |i: usize| {
                 let rows = batch.rows * i / lanes..batch.rows * (i + 1) / lanes;
                 self::lane(&self.device, &self.model, &self.params, batch, rows, share, timed)
@@ -165,6 +164,7 @@ impl<B: Backend> Trainer<B> {
                     None => sum = Some(pass.grads),
                 }
             }
+            self.device.sync();
             // lanes run side by side: the time that went by, in the proportion of what they took
             let wall = start.elapsed();
             let part = wall.mul_f64(first.as_secs_f64() / (first + second).as_secs_f64());
@@ -183,6 +183,7 @@ impl<B: Backend> Trainer<B> {
         let Config { lr, adam_lr, .. } = self.config;
         self.optimizer.step(&mut self.params, &grads, lr * factor, adam_lr * factor);
         self.guide();
+        self.device.sync();
         Ok(Step { loss, grad_norm, forward, backward, optimizer: start.elapsed() })
     }
 
@@ -268,10 +269,10 @@ impl<B: Backend> Trainer<B> {
     }
 }
 
-impl Trainer {
+impl<B: Backend<Elem = f32>> Trainer<B> {
     /// Everything that a continuation needs, bit for bit. `meta.step` is set here.
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
-        let host = |x: &Tensor<Cpu<f32>>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
+        let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
         let params = self.params.names().zip(self.params.values.tensors());
         let mut tensors: BTreeMap<_, _> =
             params.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
@@ -296,22 +297,25 @@ impl Trainer {
     }
 }
 
-/// A model and its parameters, on the CPU.
-pub type Loaded = (Model<Host>, Params<Host>);
-
 /// The model of a checkpoint, for use without further training.
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or left over.
-pub fn load_model(checkpoint: Checkpoint) -> Result<Loaded> {
+pub fn load_model<B: Backend<Elem = f32>>(
+    device: &B,
+    checkpoint: Checkpoint,
+) -> Result<(Model<B>, Params<B>)> {
     let config = &checkpoint.meta.config;
-    let (mut model, mut params) = Model::new(&Cpu::default(), config);
+    let (mut model, mut params) = Model::new(device, config);
     model.guide_at(checkpoint.meta.step, config, &mut params);
     restore_params(&mut params, checkpoint)?;
     Ok((model, params))
 }
 
-fn restore_params(params: &mut Params<Cpu<f32>>, mut checkpoint: Checkpoint) -> Result<Checkpoint> {
+fn restore_params<B: Backend<Elem = f32>>(
+    params: &mut Params<B>,
+    mut checkpoint: Checkpoint,
+) -> Result<Checkpoint> {
     let names: Vec<String> = params.names().collect();
     for (name, x) in names.iter().zip(params.values.tensors_mut()) {
         replace(&mut checkpoint, &format!("param.{name}"), x)?;
@@ -320,7 +324,7 @@ fn restore_params(params: &mut Params<Cpu<f32>>, mut checkpoint: Checkpoint) -> 
     Ok(checkpoint)
 }
 
-fn replace(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<Cpu<f32>>) -> Result<()> {
+fn replace<B: Backend<Elem = f32>>(checkpoint: &mut Checkpoint, name: &str, x: &mut Tensor<B>) -> Result<()> {
     let values = checkpoint.take(name, x.shape().dims())?;
     *x = Tensor::from_vec(x.device(), x.shape(), values); // like x
     Ok(())
@@ -371,6 +375,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Method, Overrides};
+    use rankgrad::gpu::{Cuda, Simulator};
     use rankgrad::tensor::Scalar;
     use serde_json::Value;
 
@@ -426,8 +431,8 @@ mod tests {
         names
     }
 
-    fn start<T: Scalar>(config: &Config) -> Trainer<Cpu<T>> {
-        let mut trainer = Trainer::new(&Cpu::default(), config);
+    fn start<B: Backend>(device: &B, config: &Config) -> Trainer<B> {
+        let mut trainer = Trainer::new(device, config);
         let order = names(config);
         let own: Vec<String> = trainer.params.names().collect();
         for (name, x) in own.iter().zip(trainer.params.values.tensors_mut()) {
@@ -439,7 +444,7 @@ mod tests {
                 _ if config.factored() => 0.35 * noise(i, p),
                 _ => 0.15 * noise(i, p),
             };
-            *x = Tensor::from_fn(&Cpu::default(), x.shape(), |i| T::of(value(i)));
+            *x = Tensor::from_fn(device, x.shape(), |i| B::Elem::of(value(i)));
         }
         trainer
     }
@@ -461,11 +466,11 @@ mod tests {
     }
 
     /// The largest relative deviation of losses and gradient norms, and of the final parameters' sums of squares.
-    fn deviation<T: Scalar>(method: Method) -> f64 {
+    fn deviation<B: Backend>(device: &B, method: Method) -> f64 {
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(method, &reference);
         let want = &reference["methods"][crate::config::name(method)];
-        let mut trainer = start::<T>(&config);
+        let mut trainer = start(device, &config);
         let mut worst = 0.0f64;
         let mut compare = |got: f64, want: &Value, what: &str| {
             let want = want.as_f64().unwrap();
@@ -495,7 +500,7 @@ mod tests {
         let config = Config { batch: 5, context: 64, ..config(Method::Spectron, &reference) };
         let run = |threads: usize| {
             crate::pool(threads).unwrap().install(|| {
-                let mut trainer = start::<f32>(&config);
+                let mut trainer = start(&Cpu::<f32>::default(), &config);
                 let mut bits = Vec::new();
                 for step in 0..2 {
                     let outcome =
@@ -517,11 +522,69 @@ mod tests {
     #[test]
     fn ten_steps_agree_with_pytorch() {
         for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw, Method::DenseMuon] {
-            let (single, double) = (deviation::<f32>(method), deviation::<f64>(method));
+            let (single, double) =
+                (deviation(&Cpu::<f32>::default(), method), deviation(&Cpu::<f64>::default(), method));
             println!("{}: f32 {single:.1e}, f64 {double:.1e}", crate::config::name(method));
             assert!(single < 1e-5, "{method:?} in f32: {single:e}");
             // the reference is printed with 17 digits; what remains is rounding, grown over ten steps
             assert!(double < 1e-11, "{method:?} in f64: {double:e}");
         }
+    }
+
+    /// The GPU backend: on the GPU whose number is in RANKGRAD_TEST_GPU, else on its simulator; None, and a line that says so,
+    /// without a C++ compiler.
+    fn gpu() -> Option<Cuda<f32>> {
+        #[cfg(feature = "cuda")]
+        if let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") {
+            return Some(Cuda::open(ordinal.parse().expect("a number")).unwrap());
+        }
+        match Simulator::new() {
+            Err(why)
+                if why.starts_with("no C++ compiler")
+                    && std::env::var_os("RANKGRAD_REQUIRE_CXX").is_none() =>
+            {
+                println!("skipped: {why}");
+                None
+            }
+            opened => Some(Cuda::on(std::sync::Arc::new(opened.unwrap()))),
+        }
+    }
+
+    #[test]
+    fn ten_steps_on_the_gpu_agree_with_pytorch() {
+        let Some(gpu) = gpu() else { return };
+        for method in [Method::Spectron, Method::DenseAdamw] {
+            let error = deviation(&gpu, method);
+            println!("{}: {error:.1e}", crate::config::name(method));
+            assert!(error < 1e-5, "{method:?}: {error:e}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_moves_between_processor_and_gpu() {
+        let Some(gpu) = gpu() else { return };
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let config = config(Method::Spectron, &reference);
+        let meta = || Meta {
+            step: 0,
+            config: config.clone(),
+            corpus_sha256: String::new(),
+            tokens: 0,
+            seconds: 0.0,
+            best_val_loss: None,
+            scalars: BTreeMap::new(),
+        };
+        let mut on_cpu = start(&Cpu::<f32>::default(), &config);
+        on_cpu.step(&[batch(&config, 0)], 1.0).unwrap();
+        let saved = on_cpu.checkpoint(meta());
+        let mut on_gpu = Trainer::new(&gpu, &config);
+        on_gpu.restore(saved.clone()).unwrap();
+        let again = on_gpu.checkpoint(meta());
+        assert!(again.tensors == saved.tensors && again.meta.step == 1);
+        let [cpu, gpu] = [on_cpu.step(&[batch(&config, 1)], 1.0), on_gpu.step(&[batch(&config, 1)], 1.0)]
+            .map(|outcome| outcome.unwrap().loss);
+        assert!((cpu - gpu).abs() < 1e-5, "{cpu} and {gpu}");
+        on_cpu.restore(on_gpu.checkpoint(meta())).unwrap();
+        assert_eq!(on_cpu.steps(), 2);
     }
 }

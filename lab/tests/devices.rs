@@ -56,6 +56,32 @@ fn a_build_without_the_feature_says_so() {
     let Some(answer) = with_driver(&stub(0, 1)) else { return };
     assert!(answer.starts_with("cpu: ") && answer.contains("\ncuda: "), "{answer}");
     assert!(answer.contains("build with --features cuda"), "{answer}");
+    let error = common::Desk::new("").refused("bench --steps 1 --device cuda");
+    assert!(error.starts_with("error: --device cuda: this build has no GPU support; build with"), "{error}");
+    assert!(error.ends_with("; or use --device cpu\n") && error.lines().count() == 1, "{error}");
+}
+
+/// A model that takes no time.
+const LITTLE: &str = "--layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 1";
+
+#[test]
+fn auto_is_the_processor_where_there_is_no_gpu() {
+    let mut bench = common::Desk::new("").command(&format!("bench --steps 1 --device auto {LITTLE}"));
+    let output = bench.env("LD_LIBRARY_PATH", "/nowhere").output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && errors.starts_with("device: cpu (") || errors.starts_with("device: cuda"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn other_devices_are_refused() {
+    let desk = common::Desk::new("");
+    for name in ["tpu", "cuda:", "cuda:x", "gpu"] {
+        let error = desk.refused(&format!("bench --steps 1 --device {name}"));
+        assert!(error.contains("one of cpu, cuda, cuda:N and auto"), "{error}");
+    }
 }
 
 #[test]
@@ -82,4 +108,8 @@ fn each_reason_has_its_own_words() {
 fn this_machine_gets_an_answer_too() {
     let answer = answer(common::Desk::new("").command("devices"));
     assert!(answer.starts_with("cpu: ") && answer.contains("\ncuda:"), "{answer}");
+    // there are not so many
+    let error = common::Desk::new("").refused("bench --steps 1 --device cuda:99");
+    assert!(error.starts_with("error: --device cuda: ") && error.lines().count() == 1, "{error}");
+    assert!(answer.contains("\ncuda:0:") == error.contains("there is no cuda:99"), "{error}");
 }

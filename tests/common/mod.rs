@@ -14,7 +14,7 @@ use rankgrad::tensor::{Backend, Cpu, Scalar, Tensor};
 pub use rankgrad::testing::{PairCase, pair_case, size, spectrum};
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
-use std::sync::{Arc, LazyLock, Once};
+use std::sync::{Arc, LazyLock, Once, OnceLock};
 
 /// `cases` cases, few enough for every commit, unless the environment asks for another number.
 pub fn config(cases: u32) -> ProptestConfig {
@@ -26,8 +26,15 @@ pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
-/// The GPU backend on its simulator. None, and a line that says so, where there is no C++ compiler.
-pub fn simulated_gpu() -> Option<Cuda<f32>> {
+/// The GPU backend: on the GPU whose number is in RANKGRAD_TEST_GPU, else on its simulator. None, and a line that says so, where
+/// there is no C++ compiler.
+pub fn gpu() -> Option<Cuda<f32>> {
+    #[cfg(feature = "cuda")]
+    if let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") {
+        static REAL: OnceLock<Cuda<f32>> = OnceLock::new();
+        let open = || Cuda::open(ordinal.parse().expect("a number")).unwrap_or_else(|why| panic!("{why}"));
+        return Some(REAL.get_or_init(open).clone());
+    }
     static OPEN: LazyLock<Result<Cuda<f32>, String>> =
         LazyLock::new(|| Simulator::new().map(|simulator| Cuda::on(Arc::new(simulator))));
     skip_without_compiler(OPEN.clone())

@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rankgrad::tensor::Cpu;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Config;
@@ -190,7 +191,7 @@ impl Study<'_> {
         };
         let end = crate::pool(self.threads)?.install(|| {
             let mut progress = Progress::counting(trained.clone());
-            Loop::new(&config, self.corpus, run, saved)?.run(None, &mut progress)
+            Loop::new(&Cpu::default(), &config, self.corpus, run, saved)?.run(None, &mut progress)
         })?;
         match end {
             End::Stopped(_) => return Ok(None),

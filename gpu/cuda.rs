@@ -1,0 +1,260 @@
+//! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool, kernels compiled by
+//! NVRTC, products by cuBLAS.
+//!
+//! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
+//! may be freed as soon as the last launch that uses it has been enqueued.
+
+use super::backend::Cuda;
+use super::executor::{Address, Arg, Executor, Gemm, Launch, pointers};
+use super::probe::{Unavailable, devices, reason};
+use super::{compile, kernels};
+use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
+use cudarc::nvrtc::Ptx;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex};
+
+/// One GPU.
+#[derive(Debug)]
+struct Gpu {
+    ordinal: usize,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// Whether memory comes from the driver's pool, in the order of the stream.
+    pooled: bool,
+    /// A handle must not be used by two threads at a time.
+    blas: Mutex<CudaBlas>,
+    functions: HashMap<&'static str, CudaFunction>,
+}
+
+impl Cuda<f32> {
+    /// Opens a GPU and compiles the kernels for it, a few seconds the first time.
+    ///
+    /// # Errors
+    /// What [`devices`] says; no such device; a device that fails.
+    pub fn open(ordinal: usize) -> Result<Self, Unavailable> {
+        let found = devices()?;
+        let device = found.get(ordinal).ok_or(Unavailable::NoSuchDevice(ordinal, found.len()))?;
+        let [major, minor] = device.capability;
+        let failed =
+            |what: &str, why: &dyn Debug| Unavailable::Failed(format!("cuda:{ordinal}: {what}: {why:?}"));
+        let driver =
+            |error: result::DriverError| Unavailable::Failed(format!("cuda:{ordinal}: {}", reason(error)));
+
+        let context = CudaContext::new(ordinal).map_err(driver)?;
+        let stream = context.new_stream().map_err(driver)?;
+        let pooled = context.has_async_alloc();
+        if pooled {
+            keep_freed_memory(&context).map_err(driver)?;
+        }
+        let blas = CudaBlas::new(stream.clone()).map_err(|e| failed("cuBLAS", &e))?;
+        let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
+        let module = context.load_module(Ptx::from_binary(image)).map_err(driver)?;
+        let function = |name: &'static str| module.load_function(name).map(|function| (name, function));
+        let functions = kernels::NAMES.into_iter().map(function).collect::<Result<_, _>>().map_err(driver)?;
+        Ok(Self::on(Arc::new(Gpu { ordinal, context, stream, pooled, blas: Mutex::new(blas), functions })))
+    }
+}
+
+/// By default the pool returns what is free to the driver whenever the stream is waited for, which a training step does.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
+    use sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD as THRESHOLD;
+    let mut bytes = u64::MAX;
+    // SAFETY: the device is there, and the attribute is an u64
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, THRESHOLD, (&raw mut bytes).cast())
+    }
+}
+
+impl Gpu {
+    /// The value, or a panic that says which GPU failed at what.
+    #[track_caller]
+    fn must<T, E: Debug>(&self, what: &str, outcome: Result<T, E>) -> T {
+        outcome.unwrap_or_else(|error| panic!("GPU cuda:{}: {what}: {error:?}", self.ordinal))
+    }
+
+    /// Makes the context this thread's own: the driver's calls refer to it.
+    fn enter(&self) {
+        self.must("entering its context", self.context.bind_to_thread());
+    }
+
+    fn try_alloc(&self, bytes: usize) -> Result<Address, result::DriverError> {
+        let bytes = bytes.max(1); // the driver has no empty allocations
+        // SAFETY: the context is this thread's own, and the stream is alive
+        unsafe {
+            match self.pooled {
+                true => result::malloc_async(self.stream.cu_stream(), bytes),
+                false => result::malloc_sync(bytes),
+            }
+        }
+    }
+}
+
+impl Executor for Gpu {
+    fn alloc(&self, bytes: usize) -> Address {
+        self.enter();
+        self.try_alloc(bytes)
+            .or_else(|_| {
+                // what the work so far still holds will be free after it
+                self.stream.synchronize()?;
+                self.try_alloc(bytes)
+            })
+            .unwrap_or_else(|error| {
+                let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+                let (free, total) = self.context.mem_get_info().unwrap_or_default();
+                panic!(
+                    "GPU cuda:{}: {:.3} GiB asked for, {:.3} of {:.3} GiB free ({}): use a smaller --batch or --context",
+                    self.ordinal,
+                    gib(bytes),
+                    gib(free),
+                    gib(total),
+                    reason(error)
+                )
+            })
+    }
+
+    unsafe fn free(&self, address: Address, _: usize) {
+        let free = || {
+            self.context.bind_to_thread()?;
+            // SAFETY: the caller's promise; without a pool, all work that may use the memory is waited for
+            unsafe {
+                if self.pooled {
+                    return result::free_async(address, self.stream.cu_stream());
+                }
+                self.stream.synchronize()?;
+                result::free_sync(address)
+            }
+        };
+        let outcome = free();
+        if !std::thread::panicking() {
+            self.must("freeing memory", outcome);
+        }
+    }
+
+    unsafe fn upload(&self, from: &[u8], to: Address) {
+        self.enter();
+        // from ordinary memory: the driver has taken its copy when this returns
+        // SAFETY: the caller's promise
+        self.must("upload", unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) });
+    }
+
+    unsafe fn download(&self, from: Address, to: &mut [u8]) {
+        self.enter();
+        // SAFETY: the caller's promise, and `to` is waited for below
+        self.must("download", unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) });
+        self.sync();
+    }
+
+    unsafe fn copy(&self, from: Address, to: Address, bytes: usize) {
+        self.enter();
+        // SAFETY: the caller's promise
+        self.must("copy", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) });
+    }
+
+    unsafe fn launch(&self, launch: Launch, args: &[Arg]) {
+        let Launch { kernel, grid: [x, y, z], threads, shared } = launch;
+        if [x, y, z].contains(&0) {
+            return;
+        }
+        self.enter();
+        let function = &self.functions[kernel];
+        if shared > 48 << 10 {
+            // more than every device gives without being asked
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            self.must(kernel, function.set_attribute(SHARED, shared as i32));
+        }
+        let (function, stream) = (function.cu_function(), self.stream.cu_stream());
+        let mut args = pointers(args);
+        // SAFETY: the caller's promise
+        let started =
+            unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args) };
+        self.must(kernel, started);
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) {
+        use blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as COMPUTE;
+        use blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT as ALGORITHM;
+        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+        use blas_sys::cudaDataType_t::CUDA_R_32F as F32;
+        let Gemm { m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        self.enter();
+        if k == 0 {
+            if !add {
+                let zero = |&[.., c]: &[Address; 3]| {
+                    // SAFETY: the caller's promise
+                    self.must("gemm", unsafe {
+                        result::memset_d8_async(c, 0, 4 * m * n, self.stream.cu_stream())
+                    });
+                };
+                operands.iter().for_each(zero);
+            }
+            return;
+        }
+        // cuBLAS reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
+        let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
+        let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
+        let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
+        let (opa, opb, m, n, k) = (operation(ta), operation(tb), int(m), int(n), int(k));
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
+        let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let handle = *blas.handle();
+        if let &[[a, b, c]] = &operands[..] {
+            let (a, b, c) = (a as *const c_void, b as *const c_void, c as *mut c_void);
+            // SAFETY: the caller's promise
+            let done = unsafe {
+                cublas::result::gemm_ex(
+                    handle, opb, opa, n, m, k, alpha, b, F32, ldb, a, F32, lda, beta, c, F32, n, COMPUTE,
+                    ALGORITHM,
+                )
+            };
+            return self.must("gemm", done);
+        }
+        // a batch: arrays of pointers, on the device, first all A, then all B, then all C
+        let count = operands.len();
+        let addresses: Vec<u8> =
+            (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
+        let table = self.alloc(addresses.len());
+        // SAFETY: the table is as long; the products are the caller's promise; the table is freed behind them
+        unsafe {
+            self.upload(&addresses, table);
+            let side = |i: usize| table + (i * count * size_of::<Address>()) as u64;
+            let (a, b, c) = (
+                side(0) as *const *const c_void,
+                side(1) as *const *const c_void,
+                side(2) as *const *mut c_void,
+            );
+            let done = blas_sys::cublasGemmBatchedEx(
+                handle,
+                opb,
+                opa,
+                n,
+                m,
+                k,
+                alpha,
+                b,
+                F32,
+                ldb,
+                a,
+                F32,
+                lda,
+                beta,
+                c,
+                F32,
+                n,
+                int(count),
+                COMPUTE,
+                ALGORITHM,
+            );
+            self.must("a batch of products", done.result());
+            self.free(table, addresses.len());
+        }
+    }
+
+    fn sync(&self) {
+        self.must("waiting", self.stream.synchronize());
+    }
+}
