@@ -2,7 +2,7 @@
 
 Runs `rankgrad bench` at each size, every other round in reverse, and prints the tables of docs/performance.md, "How cost grows".
 Two layers of width 256 unless the width is what grows, heads of 64, ffn 8/3 of the width, bytes, method spectron at rank ratio
-0.25; 4,096 tokens per step where the context grows, else 2,048 in sequences of 128. One thread, so that a row depends on one
+0.25; 4,096 tokens per step where the context grows, else 1,024 in sequences of 128. One thread, so that a row depends on one
 core alone. Not a comparison with other programs (compare.py), nor a profile (`rankgrad bench --profile`).
 Run:     cargo build --release && python3 benches/growth.py [--threads 1] [--rounds 2] [--steps 3] [--out FILE]
 Needs Python 3 alone; about three minutes on a quiet core. "elapsed/FLOPs" is the growth of the step's time over that of its
@@ -19,7 +19,7 @@ import sys
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def sizes(dim: int = 256, context: int = 128, tokens: int = 2048, method: str = "spectron", ratio: float = 0.25) -> dict:
+def sizes(dim: int = 256, context: int = 128, tokens: int = 1024, method: str = "spectron", ratio: float = 0.25) -> dict:
     return {"dim": dim, "layers": 2, "heads": dim // 64, "ffn": 8 * dim // 3 // 32 * 32, "context": context,
             "batch": tokens // context, "vocab": 256, "method": method, "rank-ratio": ratio}
 

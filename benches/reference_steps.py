@@ -20,6 +20,7 @@ METHODS = {
     "spectron": {"lr": 0.02, "adam_lr": 4e-3},
     "adamw": {"lr": 3e-3, "adam_lr": 3e-3},
     "dense-adamw": {"lr": 2e-3, "adam_lr": 2e-3},
+    "dense-muon": {"lr": 0.02, "adam_lr": 4e-3},
 }
 
 
@@ -62,7 +63,7 @@ def batch(s: int):
 
 def run(method: str, dtype: torch.dtype) -> dict:
     torch.set_default_dtype(dtype)
-    ratio = None if method == "dense-adamw" else 0.25
+    ratio = None if method.startswith("dense") else 0.25
     model = Decoder(Sizes(vocab=V, dim=32, layers=2, heads=4, kv_heads=2, ffn=48, context=T, ratio=ratio))
     fill(model)
     first_u = {"start": lambda m: torch.tensor([noise(i, 0) for i in range(m)])} if method == "spectron" else {}

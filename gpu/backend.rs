@@ -261,6 +261,10 @@ impl Backend for Cuda<f32> {
         }
     }
 
+    fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
+        Self::gemm(a, b, c, Accum::Replace);
+    }
+
     fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
         same_len("axpby", [x, y]);
         let n = x.len();

@@ -108,22 +108,22 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
         // G = XᵀX, over the shorter side
         let (left, right): (Vec<Mat<B>>, Vec<Mat<B>>) =
             xs.iter().map(|x| if tall { (x.t(), x.into()) } else { (x.into(), x.t()) }).unzip();
-        B::gemm(&left, &right, &mut gs.iter_mut().collect::<Vec<_>>(), Accum::Replace); // [r, r]
+        B::gemm_symmetric(&left, &right, &mut gs.iter_mut().collect::<Vec<_>>()); // [r, r]
         for (k, &[a, b, c]) in group.iter().enumerate() {
             let q_k = if k == 0 { &mut ps } else { &mut qs }; // P begins as Q
-            products(&gs, &gs, q_k); // [r, r]
+            symmetric_products(&gs, &gs, q_k); // [r, r]
             for (q, g) in q_k.iter_mut().zip(&gs) {
                 q.axpby(b, g, c);
                 q.axpby(a, &identity, 1.0); // Q = aI + bG + cG²
             }
             if k > 0 {
-                products(&ps, &qs, &mut spare); // [r, r]
+                symmetric_products(&ps, &qs, &mut spare); // [r, r]
                 std::mem::swap(&mut ps, &mut spare); // P ← P·Q
             }
             if k + 1 < group.len() {
                 let q_k = if k == 0 { &ps } else { &qs };
-                products(&gs, q_k, &mut spare); // [r, r]
-                products(&spare, q_k, &mut gs); // G ← G·Q·Q
+                symmetric_products(&gs, q_k, &mut spare); // [r, r]
+                symmetric_products(&spare, q_k, &mut gs); // G ← G·Q·Q
             }
         }
         if tall {
@@ -134,6 +134,13 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
         std::mem::swap(&mut xs, &mut next);
     }
     xs
+}
+
+/// Of polynomials in one symmetric matrix, which commute: symmetric again.
+fn symmetric_products<B: Backend>(a: &[Tensor<B>], b: &[Tensor<B>], c: &mut [Tensor<B>]) {
+    let a: Vec<Mat<B>> = a.iter().map(Mat::from).collect();
+    let b: Vec<Mat<B>> = b.iter().map(Mat::from).collect();
+    B::gemm_symmetric(&a, &b, &mut c.iter_mut().collect::<Vec<_>>());
 }
 
 fn products<B: Backend>(a: &[Tensor<B>], b: &[Tensor<B>], c: &mut [Tensor<B>]) {

@@ -6,7 +6,7 @@ mod common;
 
 use common::{bits, config, gaussian, matrix, rng, tensor};
 use proptest::prelude::*;
-use rankgrad::tensor::{Cpu, Tensor};
+use rankgrad::tensor::{Backend, Cpu, Tensor};
 
 #[test]
 fn writing_to_a_clone_leaves_the_original() {
@@ -55,6 +55,21 @@ fn norms_at_the_ends_of_the_range() {
     assert_eq!(tiny.norm(), 2.0 * f64::from(1e-45f32));
     let huge = Tensor::full(&Cpu::<f32>::default(), [4], 3e38); // [4]
     assert_eq!(huge.norm(), 2.0 * f64::from(3e38f32));
+}
+
+/// A Gram matrix is symmetric to the bit, whichever half was computed; sizes around tiles, blocks, and what is shared out.
+#[test]
+fn symmetric_products_are_those_of_the_whole() {
+    for (p, r) in [(1, 1), (7, 5), (40, 33), (300, 96), (129, 131), (20, 400)] {
+        let x = tensor::<f32>(&gaussian(&mut rng(p as u64), p, r)); // [p, r]
+        let whole = x.t().matmul(&x); // [r, r]
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut g = Tensor::scratch(x.device(), [r, r]); // [r, r]
+            pool.install(|| Cpu::gemm_symmetric(&[x.t()], &[(&x).into()], &mut [&mut g]));
+            assert!(bits(&g) == bits(&whole), "[{p}, {r}] with {threads} threads");
+        }
+    }
 }
 
 #[test]

@@ -521,7 +521,7 @@ mod tests {
 
     #[test]
     fn ten_steps_agree_with_pytorch() {
-        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw] {
+        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw, Method::DenseMuon] {
             let (single, double) =
                 (deviation(&Cpu::<f32>::default(), method), deviation(&Cpu::<f64>::default(), method));
             println!("{}: f32 {single:.1e}, f64 {double:.1e}", crate::config::name(method));

@@ -65,8 +65,9 @@ unsafe fn product<T: Scalar>(
 ) {
     let strides =
         |x: Head<*const T>, t: bool| if t { (x.first, 1, x.stride) } else { (x.first, x.stride, 1) };
+    let (a, b, c) = (strides(a, ta), strides(b, tb), (c.first, c.stride));
     // SAFETY: the caller's promise
-    unsafe { T::gemm(Product { sizes, a: strides(a, ta), b: strides(b, tb), accum, c: (c.first, c.stride) }) }
+    unsafe { T::gemm(Product { sizes, a, b, accum, c, lower: None }) }
 }
 
 /// Sizes shared by forward and backward.

@@ -25,6 +25,8 @@ struct Task<T> {
     a: Raw<*const T>,
     b: Raw<*const T>,
     c: Raw<*mut T>,
+    /// As in [`Product`].
+    lower: Option<usize>,
 }
 // SAFETY: `gemm` makes tasks that write disjoint parts of C and only read A and B, which outlive them
 unsafe impl<T: Send> Send for Task<T> {}
@@ -32,7 +34,7 @@ unsafe impl<T: Sync> Sync for Task<T> {}
 
 impl<T: Scalar> Task<T> {
     fn run(&self, accum: Accum) {
-        let Self { sizes, a, b, c } = *self;
+        let Self { sizes, a, b, c, lower } = *self;
         // SAFETY: `gemm` derived pointers, sizes and strides from live tensors of matching shapes
         unsafe {
             T::gemm(Product {
@@ -41,6 +43,7 @@ impl<T: Scalar> Task<T> {
                 b: (b.first, b.row, b.col),
                 accum,
                 c: (c.first, c.row),
+                lower,
             });
         }
     }
@@ -54,11 +57,13 @@ fn raw<T: Scalar>(mat: &Mat<Cpu<T>>) -> Raw<*const T> {
     Raw { first, row, col }
 }
 
+/// `symmetric`: so are the products, and only what is on and below their diagonals will be read.
 pub(super) fn gemm<T: Scalar>(
     a: &[Mat<Cpu<T>>],
     b: &[Mat<Cpu<T>>],
     c: &mut [&mut Tensor<Cpu<T>>],
     accum: Accum,
+    symmetric: bool,
 ) {
     assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
     let Some(first) = a.first() else { return };
@@ -93,11 +98,11 @@ pub(super) fn gemm<T: Scalar>(
                 if by_rows {
                     let a = Raw { first: a.first.offset(at * a.row), ..a };
                     let c = Raw { first: c.first.offset(at * c.row), ..c };
-                    Task { sizes: [size, k, n], a, b, c }
+                    Task { sizes: [size, k, n], a, b, c, lower: symmetric.then_some(start) }
                 } else {
                     let b = Raw { first: b.first.offset(at * b.col), ..b };
                     let c = Raw { first: c.first.offset(at * c.col), ..c };
-                    Task { sizes: [m, k, size], a, b, c }
+                    Task { sizes: [m, k, size], a, b, c, lower: None }
                 }
             });
         }
@@ -106,5 +111,27 @@ pub(super) fn gemm<T: Scalar>(
         tasks.par_iter().for_each(|task| task.run(accum));
     } else {
         tasks.iter().for_each(|task| task.run(accum));
+    }
+}
+
+pub(super) fn gemm_symmetric<T: Scalar>(a: &[Mat<Cpu<T>>], b: &[Mat<Cpu<T>>], c: &mut [&mut Tensor<Cpu<T>>]) {
+    gemm(a, b, c, Accum::Replace, true);
+    for c in c {
+        mirror(c.cols(), c.buffer_mut());
+    }
+}
+
+/// Copies what is below the diagonal of a matrix of `n` columns over what is above it, in blocks whose rows and columns both
+/// stay in the first-level cache.
+fn mirror<T: Scalar>(n: usize, c: &mut [T]) {
+    const BLOCK: usize = 16;
+    for i0 in (0..n).step_by(BLOCK) {
+        for j0 in (0..=i0).step_by(BLOCK) {
+            for i in i0..n.min(i0 + BLOCK) {
+                for j in j0..i.min(j0 + BLOCK) {
+                    c[j * n + i] = c[i * n + j];
+                }
+            }
+        }
     }
 }

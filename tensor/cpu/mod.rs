@@ -102,7 +102,10 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn sync(&self) {} // every op returns when it is done
 
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
-        gemm::gemm(a, b, c, accum);
+        gemm::gemm(a, b, c, accum, false);
+    }
+    fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
+        gemm::gemm_symmetric(a, b, c);
     }
 
     fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {

@@ -29,6 +29,9 @@ pub struct Product<T> {
     pub accum: Accum,
     /// Its rows are contiguous.
     pub c: (*mut T, isize),
+    /// `Some(row)`: C is a part, from this row on, of a symmetric matrix of which only what is on and below the diagonal will
+    /// be read; tiles above it are left out.
+    pub lower: Option<usize>,
 }
 
 /// Runs a product.
@@ -44,7 +47,7 @@ pub unsafe fn sgemm(product: Product<f32>) {
 /// As [`sgemm`].
 unsafe fn sgemm_on(arch: pulp::Arch, product: Product<f32>) {
     PACKED.with_borrow_mut(|packed| {
-        packed.resize(KC * (NC + MC) + 16, 0.0);
+        packed.resize(KC * NC + (KC + 1) * MC + 16, 0.0);
         let skip = packed.as_ptr().align_offset(64); // loads of a whole cache line should not straddle two
         let (b, a) = packed[skip..].split_at_mut(KC * NC);
         arch.dispatch(Run { product, packed: [a, b] });
@@ -79,7 +82,7 @@ macro_rules! library {
         /// # Safety
         /// As [`sgemm`].
         pub unsafe fn $name(product: Product<$t>) {
-            let Product { sizes: [m, k, n], a, b, accum, c } = product;
+            let Product { sizes: [m, k, n], a, b, accum, c, .. } = product;
             let beta = if accum == Accum::Add { 1.0 } else { 0.0 };
             // SAFETY: the caller's promise is the callee's condition
             unsafe { matrixmultiply::$gemm(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, beta, c.0, c.1, 1) }
@@ -95,7 +98,7 @@ library!(dgemm, f64, dgemm);
 /// As [`sgemm`].
 #[inline(always)]
 unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
-    let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row) } =
+    let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row), lower } =
         product;
     let width = VECTORS * S::F32_LANES;
     // blocks of k of nearly one size, whatever m and n are: the sums must not depend on how C is cut
@@ -125,8 +128,12 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                         let mut i = 0;
                         while i < mc {
                             let h = height::<H>(mc - i);
+                            if lower.is_some_and(|row| row + i0 + i + h <= j0 + j) {
+                                i += h;
+                                continue;
+                            }
                             let rows = if copy_a {
-                                (a_packed.add(i * kc).cast_const(), 1, h as isize)
+                                (a_packed.add(i * (kc + 1)).cast_const(), 1, h as isize)
                             } else {
                                 (block.0.offset(i as isize * a_row), a_row, a_col)
                             };
@@ -208,7 +215,8 @@ unsafe fn pack_b<S: Simd>(
     }
 }
 
-/// Copies a block of A [mc, kc] whose columns are contiguous, tile by tile, each as [kc, height].
+/// Copies a block of A [mc, kc] whose columns are contiguous, tile by tile, each as [kc, height] with room after it: columns
+/// of a whole tile are copied 8 long, if that is longer, and what is too much is overwritten by the next column.
 ///
 /// # Safety
 /// A must have these elements, and `packed` room for them.
@@ -218,10 +226,16 @@ unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, is
     // SAFETY: the caller's promise; i + h ≤ mc and p < kc
     unsafe {
         let whole = if a_row == 1 { mc - mc % H } else { 0 };
+        let long = if H <= 8 { whole.min((mc + H).saturating_sub(8) / H * H) } else { 0 }; // A ends 8 rows after its last tile
         for p in 0..kc {
-            for i in (0..whole).step_by(H) {
-                let column = a.offset(i as isize + p as isize * a_col).cast::<[f32; H]>();
-                packed.add(i * kc + p * H).cast::<[f32; H]>().write_unaligned(column.read_unaligned());
+            let (from, to) = (a.offset(p as isize * a_col), packed.add(p * H));
+            for i in (0..long).step_by(H) {
+                let column = from.add(i).cast::<[f32; 8]>().read_unaligned();
+                to.add(i * (kc + 1)).cast::<[f32; 8]>().write_unaligned(column);
+            }
+            for i in (long..whole).step_by(H) {
+                let column = from.add(i).cast::<[f32; H]>().read_unaligned();
+                to.add(i * (kc + 1)).cast::<[f32; H]>().write_unaligned(column);
             }
         }
         let mut i = whole;
@@ -229,7 +243,7 @@ unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, is
             let h = height::<H>(mc - i);
             for p in 0..kc {
                 for r in 0..h {
-                    *packed.add(i * kc + p * h + r) =
+                    *packed.add(i * (kc + 1) + p * h + r) =
                         *a.offset((i + r) as isize * a_row + p as isize * a_col);
                 }
             }
@@ -241,7 +255,7 @@ unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, is
 /// `H` rows of C, `cols` of them wide, at most that of a panel.
 ///
 /// # Safety
-/// A must have `H` rows and `kc` columns, the panel `kc` rows, C `H` rows and `cols` columns.
+/// A must have `H` rows and `kc` columns, one of its strides must be 1, the panel have `kc` rows, C `H` rows and `cols` columns.
 #[inline(always)]
 unsafe fn tile<S: Simd, const H: usize>(
     simd: S,
@@ -255,20 +269,26 @@ unsafe fn tile<S: Simd, const H: usize>(
     let width = VECTORS * S::F32_LANES;
     let zero = simd.splat_f32s(0.0);
     let mut sums = [[zero; VECTORS]; H];
-    let mut rows = [a; H];
-    for (i, row) in rows.iter_mut().enumerate() {
-        *row = a.wrapping_offset(i as isize * a_row);
-    }
     // SAFETY: the caller's promise
     unsafe {
-        for p in 0..kc {
-            let b = panel.add(p * width).cast::<[S::f32s; VECTORS]>().read_unaligned();
-            for (sums, row) in sums.iter_mut().zip(rows) {
-                let a = simd.splat_f32s(*row.offset(p as isize * a_col));
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = simd.mul_add_f32s(a, b, *sum);
+        for i in 0..H {
+            prefetch(c.offset(i as isize * c_row)); // it arrives while the sums are formed
+        }
+        // A stride of 1 that the compiler knows becomes part of the instructions, and so does p within four steps: few
+        // instructions besides the products matter where two threads share a core.
+        let whole = kc - kc % 4;
+        for p in (0..whole).step_by(4) {
+            for p in p..p + 4 {
+                let b = panel.add(p * width);
+                if a_col == 1 {
+                    add_product(simd, a.add(p), a_row, b, &mut sums);
+                } else {
+                    add_product(simd, a.offset(p as isize * a_col), 1, b, &mut sums);
                 }
             }
+        }
+        for p in whole..kc {
+            add_product(simd, a.offset(p as isize * a_col), a_row, panel.add(p * width), &mut sums);
         }
         if cols == width {
             for (i, sums) in sums.into_iter().enumerate() {
@@ -293,6 +313,43 @@ unsafe fn tile<S: Simd, const H: usize>(
             }
         }
     }
+}
+
+/// Adds a column of A, `H` elements from `a` on, times a row of a panel to `sums`.
+///
+/// # Safety
+/// Both must have these elements.
+#[inline(always)]
+unsafe fn add_product<S: Simd, const H: usize>(
+    simd: S,
+    a: *const f32,
+    a_row: isize,
+    b: *const f32,
+    sums: &mut [[S::f32s; VECTORS]; H],
+) {
+    // SAFETY: the caller's promise
+    unsafe {
+        let b = b.cast::<[S::f32s; VECTORS]>().read_unaligned();
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let a = simd.splat_f32s(*a.offset(i as isize * a_row));
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum = simd.mul_add_f32s(a, b, *sum);
+            }
+        }
+    }
+}
+
+/// Asks for the cache line at `x`, if the processor can be asked.
+#[inline(always)]
+fn prefetch(x: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint reads nothing
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(x.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
 }
 
 #[cfg(test)]
@@ -346,6 +403,7 @@ mod tests {
                                 b: (b.as_ptr(), br, bc),
                                 accum,
                                 c: (c.as_mut_ptr(), n as isize),
+                                lower: None,
                             },
                         );
                     }
