@@ -71,7 +71,7 @@ fn resuming_changes_no_bit() {
     for (method, more) in [
         ("spectron", ""),
         ("adamw", ""),
-        ("muon-factors", "--nesterov"),
+        ("muon-factors", "--nesterov=false"),
         ("renormalised", ""),
         ("momentum-factors", "--lr-scale shape"),
         ("lora-muon", ""),
@@ -79,7 +79,7 @@ fn resuming_changes_no_bit() {
         ("self-guided", "--accumulate 2"),
         ("self-guided-cheap", "--accumulate 2"),
         ("dense-adamw", ""),
-        ("dense-muon", "--nesterov --lr-scale shape"),
+        ("dense-muon", "--lr-scale shape"),
     ] {
         let desk = Desk::new();
         let flags = format!(
@@ -357,7 +357,7 @@ fn variants_of_the_model_train() {
         "--zero-init-output --init orthogonal --schedule wsd",
         "--method dense-adamw --lr 0.01 --zero-init-output --schedule linear",
         "--rank-ratio 1 --schedule constant --clip 0",
-        "--nesterov --lr-scale shape --schedule linear --final-lr-fraction 0 --zero-init-output",
+        "--nesterov=false --lr-scale shape --schedule linear --final-lr-fraction 0 --zero-init-output",
         "--method lora-muon --zero-init-output",
         "--method self-guided --zero-init-output --kv-heads 1",
     ]
