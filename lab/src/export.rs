@@ -44,20 +44,30 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     }
     let tensors = tensors(&params, args.factorized)?;
     let count: usize = tensors.iter().map(|(_, x)| x.len()).sum();
-    let json = |value| serde_json::to_string_pretty(&value).expect("plain values") + "\n";
-    let mut files = vec![
-        ("config.json", json(config_json(&config)).into_bytes()),
-        ("model.safetensors", safetensors(&tensors)?),
-        ("tokenizer.json", json(tokenizer_json()).into_bytes()),
-        ("tokenizer_config.json", json(tokenizer_config_json(&config)).into_bytes()),
-    ];
-    if args.factorized {
-        files.push(("README.md", FACTORIZED_README.into()));
-    }
+    let files = files(&config, &tensors, args.factorized)?;
     write_directory(&args.directory, &files)?;
     let what = if args.factorized { "factor pairs" } else { "merged" };
     crate::say!("{}: {} tensors, {count} parameters ({what})", args.directory.display(), tensors.len());
     Ok(())
+}
+
+/// Names and contents of all files.
+fn files(
+    config: &Config,
+    tensors: &[(String, Tensor<Cpu<f32>>)],
+    factorized: bool,
+) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let json = |value| (serde_json::to_string_pretty(&value).expect("plain values") + "\n").into_bytes();
+    let mut files = vec![
+        ("config.json", json(config_json(config))),
+        ("model.safetensors", safetensors(tensors)?),
+        ("tokenizer.json", json(tokenizer_json())),
+        ("tokenizer_config.json", json(tokenizer_config_json(config))),
+    ];
+    if factorized {
+        files.push(("README.md", FACTORIZED_README.into()));
+    }
+    Ok(files)
 }
 
 /// What Hugging Face's Llama calls our parameters; None: no such name.
@@ -252,13 +262,7 @@ mod tests {
             let (model, params) = Model::new(&Cpu::<f32>::default(), &config);
             let dir = tempfile::tempdir().unwrap();
             let tensors = tensors(&params, false).unwrap();
-            let json = |x: serde_json::Value| x.to_string().into_bytes();
-            let files = [
-                ("config.json", json(config_json(&config))),
-                ("model.safetensors", safetensors(&tensors).unwrap()),
-                ("tokenizer.json", json(tokenizer_json())),
-                ("tokenizer_config.json", json(tokenizer_config_json(&config))),
-            ];
+            let files = files(&config, &tensors, false).unwrap();
             write_directory(&dir.path().join("hf"), &files).unwrap();
             let text = "Now is the ünter of – 你";
             let tokens: Vec<u32> = text.bytes().take(config.context).map(u32::from).collect();
