@@ -1,5 +1,6 @@
 //! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
 use crate::device::{self, Device, on_device};
 use crate::error::{Error, Result};
-use crate::flops::step_flops;
+use crate::flops::{Work, op_work, step_flops};
 use crate::run::peak_memory_mib;
 use crate::trainer::{OpTimes, Step, Trainer};
 
@@ -70,27 +71,43 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         crate::say!("{} parameters, peak memory {peak:.0} MiB", report.params);
     }
     if args.profile {
-        crate::say!("{}", table(&times, args.steps));
+        crate::say!("{}", table(&times, &op_work(&config), args.steps));
     }
     Ok(())
 }
 
-/// Mean calls and milliseconds per step of each op, the slowest first, and its part of all ops together. Lanes that run side by
-/// side are added up.
-fn table(times: &OpTimes, steps: usize) -> String {
+/// Per step and op, the slowest first: mean calls; milliseconds and rate of forward and backward; its part of all ops together.
+/// Lanes that run side by side are added up, so the rates are those of one thread.
+fn table(times: &OpTimes, work: &BTreeMap<&'static str, Work>, steps: usize) -> String {
     let ms = |time: Duration| 1e3 * time.as_secs_f64() / steps as f64;
-    let mut rows: Vec<(&str, usize, f64, f64)> = times
+    let mut rows: Vec<(&str, usize, [f64; 2])> = times
         .iter()
-        .map(|(op, time)| (*op, time.calls / steps, ms(time.forward), ms(time.backward)))
+        .map(|(op, time)| (*op, time.calls / steps, [ms(time.forward), ms(time.backward)]))
         .collect();
-    rows.sort_by(|a, b| (b.2 + b.3).total_cmp(&(a.2 + a.3)));
-    let [forward, backward] = rows.iter().fold([0.0, 0.0], |[f, b], row| [f + row.2, b + row.3]);
-    rows.push(("all", rows.iter().map(|row| row.1).sum(), forward, backward));
-    let mut text =
-        format!("{:16}{:>8}{:>13}{:>14}{:>9}", "op", "calls", "forward, ms", "backward, ms", "share");
-    for (op, calls, f, b) in rows {
-        let share = 100.0 * (f + b) / (forward + backward);
-        write!(text, "\n{op:16}{calls:8}{f:13.3}{b:14.3}{share:8.1}%").expect("a String takes it");
+    rows.sort_by(|a, b| (b.2[0] + b.2[1]).total_cmp(&(a.2[0] + a.2[1])));
+    let all = rows.iter().fold([0.0, 0.0], |[f, b], row| [f + row.2[0], b + row.2[1]]);
+    rows.push(("all", rows.iter().map(|row| row.1).sum(), all));
+    let mut text = format!(
+        "{:16}{:>6}{:>13}{:>15}{:>14}{:>15}{:>8}",
+        "op", "calls", "forward, ms", "", "backward, ms", "", "share"
+    );
+    for (op, calls, ms) in rows {
+        let rate = |pass: usize| match work.get(op) {
+            Some(Work::Flops(flops)) => format!("{:.1} GFLOP/s", flops[pass] / ms[pass] / 1e6),
+            Some(Work::Bytes(bytes)) if bytes[pass] > 0.0 => {
+                format!("{:.1} GB/s", bytes[pass] / ms[pass] / 1e6)
+            }
+            _ => String::new(),
+        };
+        let share = 100.0 * (ms[0] + ms[1]) / (all[0] + all[1]);
+        let [forward, backward] = ms;
+        write!(
+            text,
+            "\n{op:16}{calls:6}{forward:13.3}{:>15}{backward:14.3}{:>15}{share:7.1}%",
+            rate(0),
+            rate(1)
+        )
+        .expect("a String takes it");
     }
     text
 }
@@ -176,7 +193,8 @@ mod tests {
         assert_eq!(times["leaf"].backward, Duration::ZERO);
         assert!(times.values().map(|t| t.forward + t.backward).sum::<Duration>() < wall);
 
-        let table = table(&times, steps);
+        let table = table(&times, &op_work(&config), steps);
+        assert!(table.matches(" GFLOP/s").count() == 6 && table.matches(" GB/s").count() >= 10, "{table}");
         let share =
             |line: &str| line.rsplit(' ').next().unwrap().trim_end_matches('%').parse::<f64>().unwrap();
         let shares: Vec<f64> = table.lines().skip(1).map(share).collect();

@@ -3,8 +3,11 @@
 //! Counted: the matrix products of the layers, of causal attention and of the head, forward, and backward at twice the
 //! forward; every operation of the optimizer on matrices and tables. Not counted: what is linear in the activations (norms,
 //! rotations, softmax, SwiGLU, the loss, embedding look-ups), attention's recomputation in the backward (as usual for model
-//! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, and Nesterov's look-ahead.
+//! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, and Nesterov's look-ahead. Symmetric products count whole, though
+//! one half of them may be copied from the other.
 //! Letters: p × q a matrix or factor, s the smaller of both, m × n a layer's W, r rank, T context, d width.
+
+use std::collections::BTreeMap;
 
 use rankgrad::lowrank::{CERTIFICATE_EVERY, Orthogonaliser, upper_bound_flops};
 
@@ -79,6 +82,48 @@ pub fn step_flops(c: &Config) -> StepFlops {
         _ => 0.0,
     };
     StepFlops { forward, backward: 2.0 * forward, optimizer: layers * moves + rest, guide, guide_products }
+}
+
+/// What an op does in one step, forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Work {
+    /// FLOPs of its products.
+    Flops([f64; 2]),
+    /// Bytes of tensors that it reads or writes, each pass over them once.
+    Bytes([f64; 2]),
+}
+
+/// The work of one step by name of op. Unlike [`step_flops`] with attention's recomputation: its backward has five products where
+/// its forward has two. In self-guided training the guides are left out, and so are the ops that they share with other layers.
+pub fn op_work(c: &Config) -> BTreeMap<&'static str, Work> {
+    let layers = c.layers as f64;
+    let tokens = (c.accumulate * c.batch * c.context) as f64;
+    let sum = |f: &dyn Fn(usize, usize) -> usize| -> f64 {
+        matrices(c).iter().map(|&[m, n]| 2.0 * f(m, n) as f64).sum::<f64>() * layers * tokens
+    };
+    let float = |numbers: usize| 4.0 * tokens * numbers as f64;
+    let (kv_dim, norms) = (c.dim / c.heads * c.kv_heads, 2.0 * layers + 1.0);
+    let head = 2.0 * tokens * (c.vocab * c.dim) as f64;
+    let scores = tokens * layers * (c.dim * (c.context + 1)) as f64; // 2 FLOPs for half of the pairs of tokens
+    let mut work = BTreeMap::from([
+        ("attention", Work::Flops([2.0 * scores, 5.0 * scores])),
+        ("swiglu", Work::Bytes([3.0, 5.0].map(|passes| passes * layers * float(c.ffn)))),
+        ("rope", Work::Bytes([2.0 * layers * float(c.dim + kv_dim); 2])),
+        // backward: x and dy are read, dx is written and, but for the last norm, added to the residual stream's
+        ("rms_norm", Work::Bytes([2.0 * norms, 3.0 * norms + 6.0 * layers].map(|n| n * float(c.dim)))),
+        ("cross_entropy", Work::Bytes([2.0 * float(c.vocab); 2])),
+        ("embedding", Work::Bytes([2.0 * float(c.dim), 3.0 * float(c.dim)])),
+    ]);
+    let products = |forward: f64| Work::Flops([forward, 2.0 * forward]);
+    if c.factored() {
+        work.insert("lowrank_linear", products(sum(&|m, n| c.rank(m, n) * (m + n))));
+    }
+    if !matches!(entry::<rankgrad::tensor::Cpu<f32>>(c.method).matrices, Matrices::Guided { .. }) {
+        let whole = if c.factored() { 0.0 } else { sum(&|m, n| m * n) };
+        work.insert("linear", products(head + whole));
+        work.insert("add", Work::Bytes([6.0 * layers * float(c.dim), 0.0])); // its backward shares one gradient
+    }
+    work
 }
 
 /// Per element: 3 for the mean, 4 for the square, 7 for the update.
@@ -207,6 +252,29 @@ mod tests {
         assert_eq!((f.forward, f.optimizer, f.guide), (59_904.0, 34_832.0, 20_640.0));
         let cheap = step_flops(&config(Method::SelfGuidedCheap));
         assert!((cheap.guide - 13_728.0).abs() < 1e-6, "{}", cheap.guide);
+    }
+
+    /// 12 tokens, one layer. Attention per token: 2 keys of 8 numbers, a multiply-add each: 32 FLOPs a product. Pairs 832 and head
+    /// 4096 FLOPs as above. SwiGLU: 12 numbers; the norms: 3 times 8; q and k of 12 numbers; the residual's two sums of 8.
+    #[test]
+    fn work_by_hand() {
+        let work = op_work(&config(Method::Spectron));
+        let numbers = |n: [f64; 2]| Work::Bytes(n.map(|n| 12.0 * 4.0 * n));
+        let flops = |n: [f64; 2]| Work::Flops(n.map(|n| 12.0 * n));
+        assert_eq!(work["attention"], flops([64.0, 160.0]));
+        assert_eq!(work["lowrank_linear"], flops([832.0, 1664.0]));
+        assert_eq!(work["linear"], flops([4096.0, 8192.0]));
+        assert_eq!(work["swiglu"], numbers([36.0, 60.0]));
+        assert_eq!(work["rope"], numbers([24.0, 24.0]));
+        assert_eq!(work["rms_norm"], numbers([48.0, 120.0]));
+        assert_eq!(work["cross_entropy"], numbers([512.0, 512.0]));
+        assert_eq!(work["add"], numbers([48.0, 0.0]));
+        let dense = op_work(&config(Method::DenseMuon));
+        assert_eq!(dense["linear"], flops([4096.0 + 960.0, 8192.0 + 1920.0]));
+        assert!(
+            !dense.contains_key("lowrank_linear")
+                && !op_work(&config(Method::SelfGuided)).contains_key("add")
+        );
     }
 
     #[test]
