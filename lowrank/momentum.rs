@@ -4,7 +4,8 @@
 
 use super::FactorPair;
 use super::optimizer::State;
-use crate::tensor::{Backend, Tensor};
+use crate::tensor::{Backend, Tensor, items_per_task};
+use rayon::prelude::*;
 
 /// M ← βM + (1−β)∇ for each average; returns the directions to go against: M, or with `nesterov` βM + (1−β)∇, the average
 /// as it would stand after the same gradient once more (Dozat 2016; Muon's default).
@@ -23,7 +24,9 @@ pub(crate) fn momentum<'a, B: Backend>(
         ahead.axpby(beta, m, 1.0);
         ahead
     };
-    averages.into_iter().zip(grads).map(one).collect()
+    let pairs: Vec<_> = averages.into_iter().zip(grads).collect();
+    let bytes = pairs.first().map_or(0, |(m, _)| 4 * m.len() * size_of::<B::Elem>());
+    pairs.into_par_iter().with_min_len(items_per_task::<B>(bytes)).map(one).collect()
 }
 
 /// A and B of each pair, in turn.

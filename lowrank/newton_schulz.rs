@@ -7,7 +7,7 @@
 
 use super::quintic::{bounds, groups, odd_quintic};
 use super::spectral::unit;
-use crate::tensor::{Accum, Backend, Mat, Scalar, Tensor, same_shape};
+use crate::tensor::{Accum, Backend, Mat, Scalar, Tensor, items_per_task, same_shape};
 use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
@@ -87,8 +87,7 @@ pub(super) fn iterate<B: Backend>(
     let groups = groups(schedule, space, p, q);
     let r = p.min(q);
     let bytes = (2 * p * q + 5 * r * r) * size_of::<B::Elem>();
-    let at_a_time = (B::WORKING_SET / bytes.max(1)).max(1);
-    batch.par_chunks(at_a_time).flat_map_iter(|batch| iterate_groups(batch, &groups)).collect()
+    batch.par_chunks(items_per_task::<B>(bytes)).flat_map_iter(|batch| iterate_groups(batch, &groups)).collect()
 }
 
 fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> Vec<Tensor<B>> {

@@ -2,7 +2,8 @@
 //!
 //! An estimate from below, always; bounds from above, with proof, are in certificate.rs. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
-use crate::tensor::{Backend, Scalar, Tensor, product_shape};
+use crate::tensor::{Backend, Scalar, Tensor, items_per_task, product_shape};
+use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
 /// u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖; σ ≈ uᵀWv, which is ‖Wᵀu‖ as v stands. The vectors `u` are kept between calls: a matrix
@@ -30,7 +31,8 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
         }
         sigma
     };
-    ws.iter().zip(us).map(one).collect()
+    let bytes = ws.first().map_or(0, |w| w.len() * size_of::<B::Elem>());
+    ws.par_iter().zip(us).with_min_len(items_per_task::<B>(bytes)).map(one).collect()
 }
 
 /// An estimate of σ(W), from below up to rounding: `steps` of power iteration from [`start_vector`].

@@ -107,6 +107,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
     );
 }
 
+/// How many items of `bytes` each a task should take from a list of independent ones: enough to fill [`Backend::WORKING_SET`].
+pub(crate) fn items_per_task<B: Backend>(bytes: usize) -> usize {
+    (B::WORKING_SET / bytes.max(1)).max(1)
+}
+
 /// Whether a product replaces its destination or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accum {

@@ -9,7 +9,7 @@ mod cpu;
 mod scalar;
 mod shape;
 
-pub(crate) use backend::product_shape;
+pub(crate) use backend::{items_per_task, product_shape};
 pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
 pub use cpu::Cpu;
 pub use scalar::Scalar;

@@ -83,7 +83,7 @@ fn reduce<T: Scalar>(x: &[T], f: impl Fn(f64) -> f64 + Sync) -> f64 {
 impl<T: Scalar> Backend for Cpu<T> {
     type Elem = T;
     type Buffer = Buffer<T>;
-    const WORKING_SET: usize = 1 << 19; // half of a core's second-level cache, usually 1 or 2 MiB
+    const WORKING_SET: usize = 1 << 18; // at most half of a core's second-level cache, ½ to 2 MiB
 
     fn upload(&self, host: Vec<T>) -> Buffer<T> {
         host.into()
