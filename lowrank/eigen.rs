@@ -256,9 +256,8 @@ fn turn(sweeps: &[Sweep], rows: &mut [[f64; ROWS]]) {
         let columns = &mut rows[*first..=first + rotations.len()];
         for (i, [c, s]) in rotations.iter().enumerate() {
             let y = columns[i + 1];
-            for row in 0..ROWS {
-                columns[i][row] = c * x[row] - s * y[row];
-                x[row] = s * x[row] + c * y[row];
+            for ((out, x), y) in columns[i].iter_mut().zip(&mut x).zip(y) {
+                (*out, *x) = (c * *x - s * y, s * *x + c * y);
             }
         }
         columns[rotations.len()] = x;
