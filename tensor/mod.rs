@@ -9,8 +9,8 @@ mod cpu;
 mod scalar;
 mod shape;
 
-pub(crate) use backend::{items_per_task, product_shape};
 pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
+pub(crate) use backend::{items_per_task, product_shape};
 pub use cpu::Cpu;
 pub use scalar::Scalar;
 pub use shape::Shape;

@@ -54,6 +54,9 @@ pub enum Command {
     /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
     /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
     Report(ReportArgs),
+    /// Make a tokenizer of one's own
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
     /// List what there is to compute on, or say why there is no GPU
     Devices,
 }
@@ -211,6 +214,28 @@ pub struct ExportArgs {
     /// Keep factor pairs as NAME.A and NAME.B instead of their product; a README beside them says how to load them
     #[arg(long)]
     pub factorized: bool,
+}
+
+/// What there is to do with tokenizers.
+#[derive(Subcommand, Debug)]
+pub enum TokenizerCommand {
+    /// Train a byte-level BPE on text and write its tokenizer.json
+    Train(TokenizerArgs),
+}
+
+/// Flags of `tokenizer train`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad tokenizer train --data wiki.txt --vocab 4096 --out wiki.json")]
+pub struct TokenizerArgs {
+    /// Files or directories of UTF-8 text
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// Number of tokens, at least 257: every byte, <|endoftext|>, and the commonest sequences of bytes
+    #[arg(long, default_value_t = 4096)]
+    pub vocab: usize,
+    /// The file to write; it must not exist
+    #[arg(long, default_value = "tokenizer.json", value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// Flags of `bench`.

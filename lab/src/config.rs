@@ -15,6 +15,7 @@ use toml::Table;
 
 use crate::error::{Error, Result, cannot};
 use crate::methods::{Entry, Matrices, entry};
+use crate::tokens::Tokenizer;
 
 /// Sizes of the model, and of the batches that go with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -178,6 +179,10 @@ pub struct TrainingOptions {
     /// Files or directories to validate on; all of --data is then to train on [default: the last 10 % of --data]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Option<Vec<PathBuf>>,
+    /// A tokenizer.json, such as Hugging Face's or one of `rankgrad tokenizer train`; every checkpoint keeps a copy. --vocab is then
+    /// the tokenizer's [default: bytes are tokens]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Optimizer steps [default: 2000]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -282,6 +287,9 @@ pub struct Config {
     pub data: Vec<PathBuf>,
     /// Absolute paths; empty: the last 10 % of `data`.
     pub val_data: Vec<PathBuf>,
+    /// Absolute; None: bytes are tokens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tokenizer: Option<PathBuf>,
     pub steps: usize,
     pub lr: f64,
     pub adam_lr: f64,
@@ -383,6 +391,24 @@ impl Overrides {
         })
     }
 
+    /// The tokenizer that was asked for, and these values with its vocabulary, unless another is given.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read; a vocabulary that is too small for it.
+    pub fn with_tokenizer(mut self) -> Result<(Self, Tokenizer)> {
+        let tokenizer = Tokenizer::open(self.training.tokenizer.as_deref())?;
+        if tokenizer.json().is_some() {
+            let vocab = *self.model.vocab.get_or_insert(tokenizer.vocab().max(256));
+            if vocab < tokenizer.vocab() {
+                return Err(Error::new(format!(
+                    "vocab is {vocab}, fewer than the tokens of {}; leave it out, or give more",
+                    tokenizer.name()
+                )));
+            }
+        }
+        Ok((self, tokenizer))
+    }
+
     /// Fills in preset and defaults, and checks the outcome.
     ///
     /// # Errors
@@ -420,6 +446,7 @@ impl Overrides {
             threads: m.threads.unwrap_or(0),
             data: absolute(t.data.unwrap_or_default())?,
             val_data: absolute(t.val_data.unwrap_or_default())?,
+            tokenizer: absolute(t.tokenizer.into_iter().collect())?.pop(),
             steps,
             lr: t.lr.unwrap_or(lr),
             adam_lr: t.adam_lr.unwrap_or(adam_lr),
@@ -557,7 +584,10 @@ impl Config {
             ));
         }
         if self.vocab < 256 {
-            return fail(format!("vocab is {}: tokens are bytes, so it must be at least 256", self.vocab));
+            return fail(format!(
+                "vocab is {}: it must be at least 256, for every byte to be a token",
+                self.vocab
+            ));
         }
         if self.warmup > self.steps {
             return fail(format!("warmup = {} is longer than steps = {}", self.warmup, self.steps));
@@ -697,9 +727,10 @@ mod tests {
 
     #[test]
     fn file_flags_and_record_have_the_same_keys() {
+        let absent = ["out", "tokenizer"]; // not recorded at all; not recorded where there is none
         let flags = Overrides::augment_args(clap::Command::new(""));
         let flags: Vec<&str> =
-            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| *k != "out").collect();
+            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| !absent.contains(k)).collect();
         let mut record: Vec<String> = table(&resolve("").unwrap()).unwrap().keys().cloned().collect();
         record.sort();
         let mut flags: Vec<String> = flags.into_iter().map(str::to_owned).collect();

@@ -18,6 +18,7 @@ use crate::cli::{ExportArgs, Layout};
 use crate::config::{Config, name};
 use crate::error::{Error, Result, cannot};
 use crate::model::{NORM_EPS, ROPE_BASE};
+use crate::tokens::byte_letters;
 use crate::trainer::load_model;
 
 /// Writes a directory, whole or not at all.
@@ -191,16 +192,6 @@ fn tokenizer_config_json(c: &Config) -> serde_json::Value {
     })
 }
 
-/// The letter that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2): the byte's own where it can be seen, else
-/// the next beyond 255.
-fn byte_letters() -> impl Iterator<Item = char> {
-    let mut next = 256..;
-    (0..=255u8).map(move |byte| match byte {
-        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
-        _ => next.next().and_then(char::from_u32).expect("letters up to 323"),
-    })
-}
-
 const FACTORIZED_README: &str = "\
 # Factor pairs
 
@@ -287,15 +278,5 @@ mod tests {
             assert_eq!(rows.len() * config.vocab, ours.len());
             assert!(worst < 1e-4, "{worst:e}"); // logits of a few units, in f32 on both sides
         }
-    }
-
-    /// Published in GPT-2's vocabulary: space is Ġ, newline Ċ, and the soft hyphen, the last without a letter of its own, Ń.
-    #[test]
-    fn bytes_have_gpt2s_letters() {
-        let letters: Vec<char> = byte_letters().collect();
-        assert_eq!((letters[0], letters[10], letters[32]), ('Ā', 'Ċ', 'Ġ'));
-        assert_eq!((letters[b'A' as usize], letters[0xad], letters[0xff]), ('A', 'Ń', 'ÿ'));
-        let distinct: std::collections::BTreeSet<char> = letters.iter().copied().collect();
-        assert_eq!(distinct.len(), 256);
     }
 }

@@ -36,7 +36,8 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     if !args.val_data.is_empty() {
         config.val_data = args.val_data.clone();
     }
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let corpus = Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
         on_device!(device::open(args.on.device)?, |device| {
             let mut trainer = Trainer::new(&device, &config);
@@ -44,7 +45,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
             Ok::<_, Error>(trainer.validate(&corpus, args.batches))
         })
     })?;
-    let evaluation = Evaluation { val_loss, val_bits_per_byte: val_loss / std::f64::consts::LN_2, tokens };
+    let evaluation = Evaluation { val_loss, val_bits_per_byte: corpus.bits_per_byte(val_loss), tokens };
     if args.json {
         crate::say!("{}", serde_json::to_string(&evaluation).expect("plain values"));
     } else {

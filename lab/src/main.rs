@@ -1,6 +1,6 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
-//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data,
+//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, tokens,
 //! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; study/ compares many runs,
 //! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
 
@@ -23,6 +23,7 @@ mod progress;
 mod report;
 mod run;
 mod study;
+mod tokens;
 mod train;
 mod trainer;
 
@@ -30,7 +31,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, TokenizerCommand};
 use crate::error::Result;
 
 fn main() -> ExitCode {
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Tokenizer(TokenizerCommand::Train(args)) => tokens::train(&args),
         Command::Devices => device::devices(),
     };
     match outcome {

@@ -18,6 +18,7 @@ use crate::generate::{Sampling, sample};
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
+use crate::tokens::Tokenizer;
 use crate::trainer::{Trainer, schedule};
 
 /// Trains a new model, or continues a run.
@@ -26,15 +27,18 @@ use crate::trainer::{Trainer, schedule};
 /// Bad configuration or data, a directory that cannot be used, a run that diverges.
 pub fn train(args: &TrainArgs) -> Result<()> {
     let asked = args.overrides.over_file(args.config.as_deref())?;
-    let (config, saved) = match &args.resume {
-        None => (asked.resolve()?, None),
+    let (config, tokenizer, saved) = match &args.resume {
+        None => {
+            let (asked, tokenizer) = asked.with_tokenizer()?;
+            (asked.resolve()?, tokenizer, None)
+        }
         Some(directory) => {
             let saved = Checkpoint::load(&checkpoint::find(directory)?)?;
-            (saved.meta.config.resumed_with(&asked)?, Some((directory, saved)))
+            (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Some((directory, saved)))
         }
     };
     let opened = device::open(args.on.device)?;
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
+    let corpus = Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?;
     let (run, saved) = match saved {
         None => (Run::create(&config)?, None),
         Some((directory, saved)) => {
@@ -43,8 +47,9 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         }
     };
     catch_interrupts()?;
-    crate::pool(config.threads)?
-        .install(|| on_device!(opened, |device| train_on(&device, args, &config, &corpus, run, saved)))
+    crate::pool(config.threads)?.install(|| {
+        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, saved))
+    })
 }
 
 /// The run, begun or gone on with, to its end or to where it is stopped.
@@ -52,11 +57,11 @@ fn train_on<B: Backend<Elem = f32>>(
     device: &B,
     args: &TrainArgs,
     config: &Config,
-    corpus: &Corpus,
+    (corpus, tokenizer): (&Corpus, &Tokenizer),
     run: Run,
     saved: Option<Checkpoint>,
 ) -> Result<()> {
-    let mut training = Loop::new(device, config, corpus, run, saved)?;
+    let mut training = Loop::new(device, config, (corpus, tokenizer), run, saved)?;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();
@@ -109,6 +114,7 @@ pub enum End {
 pub struct Loop<'a, B: Backend> {
     config: &'a Config,
     corpus: &'a Corpus,
+    tokenizer: &'a Tokenizer,
     run: Run,
     trainer: Trainer<B>,
     /// Tokens, seconds and best loss so far.
@@ -123,7 +129,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     pub fn new(
         device: &B,
         config: &'a Config,
-        corpus: &'a Corpus,
+        (corpus, tokenizer): (&'a Corpus, &'a Tokenizer),
         run: Run,
         saved: Option<Checkpoint>,
     ) -> Result<Self> {
@@ -133,7 +139,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             meta = Meta { config: config.clone(), ..saved.meta.clone() };
             trainer.restore(saved)?;
         }
-        Ok(Loop { config, corpus, run, trainer, meta })
+        Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
     /// Trains to the end, to the step `stop_after`, or to Ctrl-C.
@@ -215,7 +221,8 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     }
 
     fn save(&mut self) -> Result<PathBuf> {
-        let checkpoint = self.trainer.checkpoint(self.meta.clone());
+        let mut checkpoint = self.trainer.checkpoint(self.meta.clone());
+        checkpoint.tokenizer = self.tokenizer.json().map(str::to_owned);
         self.run.save(&checkpoint)
     }
 
@@ -231,7 +238,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
         let summary = Summary {
             val_loss,
-            val_bits_per_byte: val_loss / std::f64::consts::LN_2,
+            val_bits_per_byte: self.corpus.bits_per_byte(val_loss),
             params: self.trainer.params.count(),
             tokens: self.meta.tokens,
             seconds: self.meta.seconds,
