@@ -250,11 +250,14 @@ fn read_paths(paths: &[PathBuf]) -> Result<(Vec<u8>, String)> {
     Ok((files.into_iter().flat_map(|(_, text)| text).collect(), what))
 }
 
+/// Files with their contents.
+pub type Texts = Vec<(PathBuf, Vec<u8>)>;
+
 /// Files and, below directories, all that is not hidden, with their contents; and how many they are, in words.
 ///
 /// # Errors
 /// A path that is missing or unreadable, an empty file, a directory without files.
-pub fn text_files(paths: &[PathBuf]) -> Result<(Vec<(PathBuf, Vec<u8>)>, String)> {
+pub fn text_files(paths: &[PathBuf]) -> Result<(Texts, String)> {
     let mut found = Vec::new();
     for path in paths {
         let directory = fs::metadata(path).map_err(cannot("read the data", path))?.is_dir();
