@@ -31,7 +31,7 @@ pub struct Meta {
     /// Steps done.
     pub step: u64,
     pub config: Config,
-    /// SHA-256 of the corpus, in hexadecimal: a run is continued on the same bytes only.
+    /// SHA-256 of the corpus, in hexadecimal: a run is continued on the same bytes only. Empty where no run wrote the file.
     pub corpus_sha256: String,
     /// Training tokens seen.
     pub tokens: u64,
@@ -55,6 +55,27 @@ impl Meta {
             best_val_loss: None,
             scalars: BTreeMap::new(),
         }
+    }
+}
+
+impl Meta {
+    /// Of a model that no run of this program left as it is, such as an imported one.
+    pub fn of_model(config: Config) -> Self {
+        let scalars = BTreeMap::new();
+        Meta {
+            step: 0,
+            config,
+            corpus_sha256: String::new(),
+            tokens: 0,
+            seconds: 0.0,
+            best_val_loss: None,
+            scalars,
+        }
+    }
+
+    /// Whether a run wrote this checkpoint, so that there is one to continue.
+    pub fn trained_here(&self) -> bool {
+        !self.corpus_sha256.is_empty()
     }
 }
 
@@ -94,7 +115,11 @@ impl Checkpoint {
         Ok(path)
     }
 
-    fn to_bytes(&self) -> Result<Vec<u8>> {
+    /// The whole file.
+    ///
+    /// # Errors
+    /// A configuration or a tensor that cannot be encoded.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let unwritable = |e: &dyn std::fmt::Display| Error::new(format!("cannot encode the checkpoint: {e}"));
         let meta = serde_json::to_string(&(FORMAT, &self.meta)).map_err(|e| unwritable(&e))?;
         let views = self.tensors.iter().map(|(name, t)| {

@@ -45,6 +45,16 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Write a checkpoint's model in the layout of Hugging Face's Llama
     Export(ExportArgs),
+    /// Read a Llama-style Hugging Face model, and make factor pairs of its matrices
+    ///
+    /// Prints, per matrix: shape, rank, relative error of the pair, the part of Σ σ² that was dropped, parameters before and after.
+    Import(ImportArgs),
+    /// Cut the factor pairs of a checkpoint to a smaller rank, or make pairs of its whole matrices
+    ///
+    /// By the singular values of W, with the smallest possible error; prints the table of `import`.
+    Rank(RankArgs),
+    /// Multiply the factor pairs of a checkpoint out
+    Merge(MergeArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
     /// Compare training methods fairly: many runs, learning rates and seeds, tables
@@ -83,6 +93,7 @@ fn at_least_one() -> RangedU64ValueParser<usize> {
   rankgrad train --data shakespeare.txt --method dense-adamw --lr 1e-3 --out runs/dense
   rankgrad train --config runs/dense/config.toml --seed 2
   rankgrad train --resume runs/dense
+  rankgrad train --from imported --data shakespeare.txt --lr 0.01
 
 Flags win over --config, which wins over the preset. Ctrl-C saves a checkpoint and ends the run.")]
 pub struct TrainArgs {
@@ -92,6 +103,10 @@ pub struct TrainArgs {
     /// Continue the run in this directory from its newest checkpoint, bit for bit
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
+    /// Start a new run from the weights of this checkpoint: a run's directory, a .safetensors file, or what `import`, `rank` or
+    /// `merge` wrote. The model's shape comes from there
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "resume")]
+    pub from: Option<PathBuf>,
     /// Save a checkpoint and end after this step; the schedule still runs over --steps, for --resume to go on with
     #[arg(long, value_name = "STEP", value_parser = at_least_one())]
     pub stop_after: Option<usize>,
@@ -236,6 +251,78 @@ pub struct TokenizerArgs {
     /// The file to write; it must not exist
     #[arg(long, default_value = "tokenizer.json", value_name = "FILE")]
     pub out: PathBuf,
+}
+
+/// Flags of `import`.
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("how").required(true).args(["rank_ratio", "energy", "dense"]))]
+#[command(allow_negative_numbers = true)] // for the check of the value to answer
+#[command(after_help = "Examples:
+  rankgrad import model imported --rank-ratio 0.25
+  rankgrad import model imported --energy 0.99
+  rankgrad import model whole --dense")]
+pub struct ImportArgs {
+    /// A directory with config.json and model.safetensors or model.safetensors.index.json, or one of the latter two
+    pub model: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    /// Rank of each pair as a part of min(inputs, outputs), in (0, 1]
+    #[arg(long, value_name = "R")]
+    pub rank_ratio: Option<f64>,
+    /// Give each matrix the smallest rank that keeps this part of its Σ σ², in (0, 1]
+    #[arg(long, value_name = "E")]
+    pub energy: Option<f64>,
+    /// Keep matrices whole
+    #[arg(long)]
+    pub dense: bool,
+    /// Tokens per sequence of the imported model [default: its max_position_embeddings, but at most 2048]
+    #[arg(long, value_parser = at_least_one())]
+    pub context: Option<usize>,
+}
+
+/// Data to compare models on.
+#[derive(Args, Debug)]
+pub struct DataOptions {
+    /// Files or directories: print the validation losses before and after on their last 10 %
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// Files or directories, all of whose bytes are evaluated
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub val_data: Vec<PathBuf>,
+}
+
+/// Flags of `rank`.
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("how").required(true).args(["to_ratio", "energy"]))]
+#[command(allow_negative_numbers = true)] // as above
+#[command(
+    after_help = "Example: rankgrad rank runs/spectron-tiny-001 smaller --to-ratio 0.125 --data shakespeare.txt"
+)]
+pub struct RankArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    /// Rank of each pair as a part of min(inputs, outputs), in (0, 1]
+    #[arg(long, value_name = "R")]
+    pub to_ratio: Option<f64>,
+    /// Give each matrix the smallest rank that keeps this part of its Σ σ², in (0, 1]
+    #[arg(long, value_name = "E")]
+    pub energy: Option<f64>,
+    #[command(flatten)]
+    pub data: DataOptions,
+}
+
+/// Flags of `merge`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad merge runs/spectron-tiny-001 whole")]
+pub struct MergeArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub data: DataOptions,
 }
 
 /// Flags of `bench`.
@@ -389,6 +476,11 @@ mod tests {
             ("train --steps -1", "invalid value '-1' for '--steps"),
             ("bench --steps 0", "0 is not in 1.."),
             ("eval", "<CHECKPOINT>"),
+            ("import a b", "--rank-ratio"),
+            ("import a b --energy 0.9 --dense", "cannot be used with"),
+            ("rank a b", "--to-ratio"),
+            ("rank a b --to-ratio 0.5 --energy 0.9", "cannot be used with"),
+            ("train --from a --resume b", "cannot be used with"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(says), "{line}: {error}");

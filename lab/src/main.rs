@@ -1,8 +1,9 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
 //! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, tokens,
-//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; study/ compares many runs,
-//! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
+//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; import brings models in,
+//! ranks changes their ranks; study/ compares many runs, report/ shows them. Here: one function call per command, and one place
+//! where an error reaches the person.
 
 mod bench;
 mod checkpoint;
@@ -15,11 +16,13 @@ mod export;
 mod flops;
 mod generate;
 mod guide;
+mod import;
 mod inspect;
 mod methods;
 mod model;
 mod plot;
 mod progress;
+mod ranks;
 mod report;
 mod run;
 mod study;
@@ -41,6 +44,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::generate(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Export(args) => export::export(&args),
+        Command::Import(args) => import::import(&args),
+        Command::Rank(args) => ranks::rank(&args),
+        Command::Merge(args) => ranks::merge(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),

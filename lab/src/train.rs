@@ -1,4 +1,4 @@
-//! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume.
+//! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume, starts from other weights.
 //!
 //! A study (study/) drives the same loop, many runs at a time. Not here: the step itself (trainer.rs).
 
@@ -19,36 +19,51 @@ use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
 use crate::tokens::Tokenizer;
-use crate::trainer::{Trainer, schedule};
+use crate::trainer::{Trainer, schedule, without_guides};
 
-/// Trains a new model, or continues a run.
+/// Trains a new model, from drawn weights or a checkpoint's, or continues a run.
 ///
 /// # Errors
 /// Bad configuration or data, a directory that cannot be used, a run that diverges.
 pub fn train(args: &TrainArgs) -> Result<()> {
     let asked = args.overrides.over_file(args.config.as_deref())?;
-    let (config, tokenizer, saved) = match &args.resume {
-        None => {
+    let (config, tokenizer, start) = match (&args.resume, &args.from) {
+        (None, None) => {
             let (asked, tokenizer) = asked.with_tokenizer()?;
-            (asked.resolve()?, tokenizer, None)
+            (asked.resolve()?, tokenizer, Start::New)
         }
-        Some(directory) => {
+        (Some(directory), _) => {
             let saved = Checkpoint::load(&checkpoint::find(directory)?)?;
-            (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Some((directory, saved)))
+            if !saved.meta.trained_here() {
+                return Err(Error::new(format!(
+                    "{0} holds a model, not a run to continue; start one from its weights with --from {0}",
+                    directory.display()
+                )));
+            }
+            (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Start::Resume(Box::new(saved)))
+        }
+        (None, Some(path)) => {
+            let weights = Checkpoint::load(&checkpoint::find(path)?)?;
+            without_guides(&weights, path)?;
+            let (asked, mut tokenizer) = asked.with_tokenizer()?;
+            if asked.training.tokenizer.is_none() {
+                tokenizer = weights.tokenizer()?;
+            }
+            (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
     let opened = device::open(args.on.device)?;
     let corpus = Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?;
-    let (run, saved) = match saved {
-        None => (Run::create(&config)?, None),
-        Some((directory, saved)) => {
+    let run = match (&start, &args.resume) {
+        (Start::Resume(saved), Some(directory)) => {
             same_corpus(&saved.meta, &corpus)?;
-            (Run::resume(directory, saved.meta.step)?, Some(saved))
+            Run::resume(directory, saved.meta.step)?
         }
+        _ => Run::create(&config)?,
     };
     catch_interrupts()?;
     crate::pool(config.threads)?.install(|| {
-        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, saved))
+        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, start))
     })
 }
 
@@ -59,9 +74,9 @@ fn train_on<B: Backend<Elem = f32>>(
     config: &Config,
     (corpus, tokenizer): (&Corpus, &Tokenizer),
     run: Run,
-    saved: Option<Checkpoint>,
+    start: Start,
 ) -> Result<()> {
-    let mut training = Loop::new(device, config, (corpus, tokenizer), run, saved)?;
+    let mut training = Loop::new(device, config, (corpus, tokenizer), run, start)?;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();
@@ -100,6 +115,16 @@ pub fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
     )))
 }
 
+/// Where a run begins.
+pub enum Start {
+    /// With drawn weights.
+    New,
+    /// With the weights of a checkpoint, and everything else new.
+    From(Box<Checkpoint>),
+    /// Where it stopped.
+    Resume(Box<Checkpoint>),
+}
+
 /// How far a run came.
 pub enum End {
     /// All steps are done and final.json is written.
@@ -122,7 +147,7 @@ pub struct Loop<'a, B: Backend> {
 }
 
 impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
-    /// A new run, or what `saved` continues.
+    /// The run at its start.
     ///
     /// # Errors
     /// A checkpoint that does not fit the configuration.
@@ -131,14 +156,19 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         config: &'a Config,
         (corpus, tokenizer): (&'a Corpus, &'a Tokenizer),
         run: Run,
-        saved: Option<Checkpoint>,
+        start: Start,
     ) -> Result<Self> {
-        let mut trainer = Trainer::new(device, config);
         let mut meta = Meta::new(config, corpus);
-        if let Some(saved) = saved {
-            meta = Meta { config: config.clone(), ..saved.meta.clone() };
-            trainer.restore(saved)?;
-        }
+        let trainer = match start {
+            Start::New => Trainer::new(device, config),
+            Start::From(weights) => Trainer::from_weights(device, config, *weights)?,
+            Start::Resume(saved) => {
+                meta = Meta { config: config.clone(), ..saved.meta.clone() };
+                let mut trainer = Trainer::new(device, config);
+                trainer.restore(*saved)?;
+                trainer
+            }
+        };
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
