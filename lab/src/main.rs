@@ -2,7 +2,7 @@
 //!
 //! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data,
 //! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; study/ compares many runs,
-//! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
+//! report/ shows them; pack makes token files (shards) of text. Here: one function call per command, and one place where an error reaches the person.
 
 mod bench;
 mod checkpoint;
@@ -18,10 +18,13 @@ mod guide;
 mod inspect;
 mod methods;
 mod model;
+mod pack;
 mod plot;
 mod progress;
 mod report;
 mod run;
+#[cfg_attr(not(test), expect(dead_code, reason = "only the writing half has a user"))]
+mod shards;
 mod study;
 mod train;
 mod trainer;
@@ -30,7 +33,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, DataCommand};
 use crate::error::Result;
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Data(DataCommand::Pack(args)) => pack::pack(&args),
         Command::Devices => device::devices(),
     };
     match outcome {
