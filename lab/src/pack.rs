@@ -3,7 +3,7 @@
 //! Two passes. Dealing: documents are read in order and encoded in parallel; each draws a key of 64 random bits, whose leading
 //! part chooses one of the bucket files that it is appended to. Writing: bucket by bucket, documents are sorted by key and
 //! go, one after the other, to the validation files until those have their part and then to the training files. So the
-//! order is that of the keys, a uniform shuffle, whatever the number of buckets, and memory has to hold one bucket or one batch.
+//! order is that of the keys, a uniform shuffle, whatever the number of buckets, and memory has to hold one bucket or one batch, and each document whole.
 //! Each document is preceded by the end token, as in llm.c's and modded-nanogpt's data (nanoGPT's have it behind).
 //!
 //! Everything happens in DIR.packing, which becomes DIR in the end. An interrupted dealing goes on where it was last saved,
@@ -510,6 +510,7 @@ fn write(job: &Job, work: &Path, whole: &Path, width: usize, state: &State) -> R
     let mut done = 0;
     for (i, &length) in state.buckets.iter().enumerate() {
         if (job.stop)() {
+            meter.finish();
             return Ok(None);
         }
         let path = bucket_path(work, i);
@@ -905,7 +906,7 @@ mod tests {
             out: dir.join(out),
             quiet: true,
             batch: 300,
-            bucket: 500,
+            bucket: 2000,
             stop: &never,
         }
     }

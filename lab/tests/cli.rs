@@ -521,3 +521,63 @@ fn a_model_is_exported_whole_or_not_at_all() {
     assert!(desk.refused("export guided x").contains("still has the guides of self-guided"));
     assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
 }
+
+/// The token files are read by hand here: llm.c's header of 256 i32, then u16.
+#[test]
+fn text_is_packed_into_token_files() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("more.jsonl"), "{\"body\": \"one\"}\n{\"body\": \"two\"}\n{\"body\": \"\"}\n")
+        .unwrap();
+    let line =
+        "data pack --data text more.jsonl --field body --shard-tokens 8000 --val-fraction 0.0001 --quiet";
+    let shown = desk.ok(&format!("{line} --out tokens"));
+    let pack = json(&desk.path("tokens/pack.json"));
+    let text = std::fs::read(desk.path("text")).unwrap();
+    let total = |key: &str| pack["train"][key].as_u64().unwrap() + pack["val"][key].as_u64().unwrap();
+    assert_eq!((total("documents"), total("bytes")), (3, text.len() as u64 + 6));
+    assert_eq!((total("tokens"), &pack["empty_documents"]), (text.len() as u64 + 9, &1.into()));
+    assert_eq!(
+        (&pack["vocabulary"], &pack["end_token"], &pack["seed"]),
+        (&257.into(), &256.into(), &1.into())
+    );
+    assert_eq!((&pack["format"], &pack["tokenizer_sha256"]), (&"llm-c".into(), &Value::Null));
+    let train = &pack["train"];
+    let says = format!("tokens/train: {} tokens of {} documents", train["tokens"], train["documents"]);
+    assert!(shown.starts_with(&says), "{shown}");
+    let read = |name: String| {
+        let bytes = std::fs::read(desk.path(&name)).unwrap();
+        let header = |i: usize| i32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap());
+        assert_eq!((header(0), header(1), header(2) as usize), (20240520, 1, (bytes.len() - 1024) / 2));
+        let tokens = bytes[1024..].chunks(2).map(|token| u16::from_le_bytes([token[0], token[1]]));
+        tokens.collect::<Vec<_>>()
+    };
+    let mut tokens = vec![];
+    for part in ["train", "val"] {
+        for i in 0..pack[part]["shards"].as_u64().unwrap() {
+            tokens.extend(read(format!("tokens/{part}-{i:06}.bin")));
+        }
+    }
+    let ids = |id: &u16| *id as u8;
+    let mut documents: Vec<Vec<u8>> =
+        tokens.split(|&id| id == 256).skip(1).map(|document| document.iter().map(ids).collect()).collect();
+    documents.sort();
+    let mut expected = vec![b"one".to_vec(), b"two".to_vec(), text];
+    expected.sort();
+    assert_eq!(documents, expected);
+    let files = std::fs::read_dir(desk.path("tokens")).unwrap().count() as u64;
+    assert_eq!(files, total("shards") + 1);
+
+    // nanoGPT's files are the same without headers
+    desk.ok(&format!("{line} --format nanogpt --out raw --threads 1"));
+    let bytes = std::fs::read(desk.path("tokens/train-000000.bin")).unwrap();
+    assert!(std::fs::read(desk.path("raw/train-000000.bin")).unwrap() == bytes[1024..]);
+
+    assert!(desk.refused(&format!("{line} --out tokens")).contains("tokens exists; choose a new directory"));
+    let errors = desk.refused("data pack --data more.jsonl --out x");
+    assert!(errors.contains("more.jsonl, line 1: no field `text`; there are: body;"), "{errors}");
+    assert!(desk.refused("data pack --data text --out x").contains("only one document"));
+    assert!(desk.refused("data pack --data text --out x --val-fraction -1").contains("--val-fraction is -1"));
+    let errors = desk.refused("data pack --data text --out x --shard-tokens 3000000000");
+    assert!(errors.contains("holds 2147483647 at most"), "{errors}");
+    assert!(!desk.path("x").exists() && !desk.path("x.packing").exists());
+}
