@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::config::{ModelOptions, Overrides};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::shards::Format;
 use crate::study::{Kind, StudyOptions};
 
 /// Train, evaluate, sample and inspect native low-rank language models.
@@ -67,6 +68,9 @@ pub enum Command {
     /// Make a tokenizer of one's own
     #[command(subcommand)]
     Tokenizer(TokenizerCommand),
+    /// Make token files of text
+    #[command(subcommand)]
+    Data(DataCommand),
     /// List what there is to compute on, or say why there is no GPU
     Devices,
 }
@@ -425,6 +429,61 @@ pub struct ReportArgs {
     /// Also write the curves as SVG pictures into this directory
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,
+}
+
+/// The commands of `data`.
+#[derive(Subcommand, Debug)]
+pub enum DataCommand {
+    /// Shuffled token files of text, JSON lines or Parquet, for training on more than fits in memory
+    Pack(PackArgs),
+}
+
+/// Flags of `data pack`.
+#[derive(Args, Debug)]
+#[command(allow_negative_numbers = true)] // as above
+#[command(after_help = "\
+A document is a line of a .jsonl file, a row of a .parquet file (in a build with --features parquet), or any other file as a \
+whole, which must be UTF-8. Each is preceded by the end token. The same data and --seed give the same files. Documents that \
+come first in the shuffled order go to the validation files, val-000000.bin and on, until those have their part of the tokens; the \
+rest to train-000000.bin and on. pack.json says what is in them.
+
+Until all is done, the work is in DIR.packing, which needs about twice the space of the tokens. Ctrl-C saves; the same command \
+goes on.
+
+Examples:
+  rankgrad data pack --data articles.jsonl --tokenizer wiki.json --out tokens
+  rankgrad data pack --data books/ --out tokens --val-fraction 0.05 --shard-tokens 10000000 --format nanogpt")]
+pub struct PackArgs {
+    /// Files, and directories, whose files count unless they are hidden
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// The directory to write; it must not exist
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A tokenizer.json with an end token; a copy is kept beside the tokens [default: bytes are tokens, 256 is the end token]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// How tokens lie in the files: llm.c's way, also modded-nanogpt's, or nanoGPT's
+    #[arg(long, default_value = "llm-c")]
+    pub format: Format,
+    /// Field of JSON lines, or column of Parquet, that has the text
+    #[arg(long, default_value = "text")]
+    pub field: String,
+    /// Seed of the order of the documents
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Tokens per file; the last one of each kind has what is left
+    #[arg(long, value_name = "N", default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub shard_tokens: u64,
+    /// Part of the tokens to validate on, in [0, 1), at whole documents
+    #[arg(long, value_name = "F", default_value_t = 0.01)]
+    pub val_fraction: f64,
+    /// Worker threads; 0 = all cores. The result does not depend on it
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Show no progress
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 #[cfg(test)]

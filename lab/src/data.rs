@@ -1,4 +1,4 @@
-//! The corpus: the text of files as tokens; the first 90 % are for training, the last 10 % for validation, unless validation has
+//! The corpus: the text of files as tokens, or files of tokens (shards.rs); the first 90 % are for training, the last 10 % for validation, unless validation has
 //! files of its own.
 //!
 //! Batches are pure functions of their position (seed, step, micro-step), so a resumed run needs no saved state.
@@ -15,6 +15,8 @@ use toml::Table;
 use walkdir::WalkDir;
 
 use crate::error::{Error, Result, cannot};
+use crate::pack::Pack;
+use crate::shards::{Shard, is_shard};
 use crate::tokens::Tokenizer;
 
 /// The crates of the embedded default, in order: crates.io packages that every platform downloads to build this
@@ -41,8 +43,8 @@ pub struct Corpus {
     split: usize,
     /// Ids are below this.
     vocab: usize,
-    /// Bytes of text per token of the validation part.
-    bytes_per_token: f64,
+    /// Bytes of text per token of the validation part, where that is known.
+    bytes_per_token: Option<f64>,
     /// What was read: files or crates, bytes, hash. One line.
     pub summary: String,
     /// SHA-256 of all bytes, and of the tokenizer if there is one, in hexadecimal.
@@ -54,6 +56,8 @@ enum Ids {
     One(Vec<u8>),
     Two(Vec<u16>),
     Four(Vec<u32>),
+    /// Token files, each with the position of its first token.
+    Shards(Vec<(usize, Shard)>),
 }
 
 impl Ids {
@@ -70,6 +74,7 @@ impl Ids {
             Self::One(all) => all.extend(ids.into_iter().map(|id| id as u8)),
             Self::Two(all) => all.extend(ids.into_iter().map(|id| id as u16)),
             Self::Four(all) => all.extend(ids),
+            Self::Shards(_) => unreachable!("files stay as they are"),
         }
     }
 
@@ -78,6 +83,7 @@ impl Ids {
             Self::One(all) => all.len(),
             Self::Two(all) => all.len(),
             Self::Four(all) => all.len(),
+            Self::Shards(all) => all.last().map_or(0, |(start, shard)| start + shard.len()),
         }
     }
 
@@ -86,6 +92,16 @@ impl Ids {
             Self::One(all) => all[range].iter().map(|&id| u32::from(id)).collect(),
             Self::Two(all) => all[range].iter().map(|&id| u32::from(id)).collect(),
             Self::Four(all) => all[range].to_vec(),
+            Self::Shards(all) => {
+                let first = all.partition_point(|(start, _)| *start <= range.start) - 1;
+                let parts = all[first..].iter().take_while(|(start, _)| *start < range.end);
+                parts
+                    .flat_map(|(start, shard)| {
+                        let from = range.start.max(*start) - start;
+                        shard.get(from..(range.end - start).min(shard.len()))
+                    })
+                    .collect()
+            }
         }
     }
 }
@@ -111,15 +127,97 @@ impl Corpus {
         context: usize,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
+        let corpus = match token_files(paths)? {
+            Some(files) => Self::of_shards(files, validation, tokenizer)?,
+            None => Self::of_text(paths, validation, tokenizer)?,
+        };
+        for (part, range) in [("train", corpus.train()), ("validate", corpus.validation())] {
+            if range.len() <= context {
+                return Err(Error::new(format!(
+                    "data: {} of {} tokens are there to {part} on, fewer than one window of context + 1 = {}; \
+                     give more data with --data or --val-data, or a smaller --context",
+                    range.len(),
+                    corpus.tokens.len(),
+                    context + 1
+                )));
+            }
+        }
+        Ok(corpus)
+    }
+
+    /// Of token files. Those named val-… are for validation, unless it has paths of its own; without either, the last 10 %.
+    fn of_shards(mut files: Vec<PathBuf>, validation: &[PathBuf], tokenizer: &Tokenizer) -> Result<Self> {
+        let is_val = |p: &PathBuf| {
+            let name = p.file_stem().unwrap_or_default().to_string_lossy();
+            name.split(['-', '_', '.']).any(|word| word == "val" || word == "validation")
+        };
+        let mut val_files: Vec<PathBuf> = files.extract_if(.., |p| is_val(p)).collect();
+        if !validation.is_empty() {
+            val_files = token_files(validation)?.ok_or_else(|| {
+                Error::new(
+                    "data: --data has token files (.bin), and --val-data text; give token files for both",
+                )
+            })?;
+        }
+        let mut hash = Sha256::new();
+        let (mut at, mut largest) = (0usize, 0);
+        let mut shards = Vec::new();
+        let mut split = None;
+        for (i, file) in files.iter().chain(&val_files).enumerate() {
+            if i == files.len() {
+                split = Some(at);
+                hash.update(at.to_le_bytes());
+            }
+            let shard = Shard::open(file)?;
+            hash.update(shard.bytes());
+            largest = largest.max(shard.max_id());
+            let tokens = shard.len();
+            shards.push((at, shard));
+            at += tokens;
+        }
+        let count = shards.len();
+        let sha256: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let pack = files.first().and_then(|file| Pack::beside(file).transpose()).transpose()?;
+        if let (Some(pack), Some(own)) = (&pack, tokenizer.sha256())
+            && pack.tokenizer_sha256.as_ref() != Some(&own)
+        {
+            return Err(Error::new(format!(
+                "data: the tokens were made with another tokenizer than {}; give the one beside them, or none",
+                tokenizer.name()
+            )));
+        }
+        let bytes_per_token = pack.filter(|pack| validation.is_empty() && pack.val.tokens > 0);
+        let bytes_per_token = bytes_per_token.map(|pack| pack.val.bytes as f64 / pack.val.tokens as f64);
+        let summary = format!("{count} token files, {at} tokens, sha256 {}", &sha256[..16]);
+        let vocab = (largest as usize + 1).max(tokenizer.vocab());
+        let split = split.unwrap_or((at as u64 * 9 / 10) as usize);
+        Ok(Corpus { tokens: Ids::Shards(shards), split, vocab, bytes_per_token, summary, sha256 })
+    }
+
+    /// Whether a model with so many token ids can read it.
+    ///
+    /// # Errors
+    /// An id beyond.
+    pub fn fits(self, vocab: usize) -> Result<Self> {
+        if matches!(self.tokens, Ids::Shards(_)) && self.vocab > vocab {
+            return Err(Error::new(format!(
+                "data: token ids go up to {}, beyond the model's vocabulary of {vocab}; give --vocab {} or the --tokenizer \
+                 that the tokens were made with",
+                self.vocab - 1,
+                self.vocab
+            )));
+        }
+        Ok(self)
+    }
+
+    fn of_text(paths: &[PathBuf], validation: &[PathBuf], tokenizer: &Tokenizer) -> Result<Self> {
         let (mut bytes, mut what) =
             if paths.is_empty() { read_crates(&cargo_sources()?)? } else { read_paths(paths)? };
         let mut split = (bytes.len() as u64 * 9 / 10) as usize;
-        let mut parts = ["first 90 %, to train on", "last 10 %, to validate on"];
         let mut hash = Sha256::new();
         if !validation.is_empty() {
             let (own, files) = read_paths(validation)?;
             split = bytes.len();
-            parts = ["files to train on", "files of --val-data"];
             what += &format!(", validation on {files}");
             bytes.extend(own);
             hash.update(split.to_le_bytes()); // the same bytes cut elsewhere are another corpus
@@ -132,7 +230,7 @@ impl Corpus {
         let all = bytes.len();
         let mut vocab = tokenizer.vocab();
         let mut tokens = Ids::new(vocab);
-        let mut bytes_per_token = 1.0;
+        let mut bytes_per_token = Some(1.0);
         match tokenizer {
             Tokenizer::Bytes => tokens = Ids::One(bytes),
             Tokenizer::Json(_) => {
@@ -143,7 +241,7 @@ impl Corpus {
                 tokens.extend(tokenizer.encode(&bytes[..split], "data to train on")?);
                 let text = bytes.len() - split;
                 let validation = tokenizer.encode(&bytes[split..], "data to validate on")?;
-                bytes_per_token = text as f64 / validation.len().max(1) as f64;
+                bytes_per_token = Some(text as f64 / validation.len().max(1) as f64);
                 split = tokens.len();
                 tokens.extend(validation);
                 vocab = tokenizer.vocab();
@@ -153,20 +251,7 @@ impl Corpus {
         if tokenizer.json().is_some() {
             summary += &format!(", {} tokens of {}", tokens.len(), tokenizer.name());
         }
-        let corpus = Corpus { tokens, split, vocab, bytes_per_token, summary, sha256 };
-        let unit = if tokenizer.json().is_some() { "tokens" } else { "bytes" };
-        for (name, range) in parts.into_iter().zip([corpus.train(), corpus.validation()]) {
-            if range.len() <= context {
-                return Err(Error::new(format!(
-                    "data: the {name}, are {} of {} {unit}, fewer than one window of context + 1 = {}; \
-                     give more data with --data or a smaller --context",
-                    range.len(),
-                    corpus.tokens.len(),
-                    context + 1
-                )));
-            }
-        }
-        Ok(corpus)
+        Ok(Corpus { tokens, split, vocab, bytes_per_token, summary, sha256 })
     }
 
     /// Where the tokens to train on are.
@@ -180,8 +265,9 @@ impl Corpus {
     }
 
     /// A validation loss in nats per token as bits per byte of text, so that tokenizers compare.
-    pub fn bits_per_byte(&self, loss: f64) -> f64 {
-        loss / std::f64::consts::LN_2 / self.bytes_per_token
+    /// None: files of tokens do not say what text they are of.
+    pub fn bits_per_byte(&self, loss: f64) -> Option<f64> {
+        self.bytes_per_token.map(|bytes| loss / std::f64::consts::LN_2 / bytes)
     }
 
     /// The validation loss, in nats per token, of a model that knows how often each token comes and nothing else: the cross
@@ -252,6 +338,36 @@ fn read_paths(paths: &[PathBuf]) -> Result<(Vec<u8>, String)> {
 
 /// Files with their contents.
 pub type Texts = Vec<(PathBuf, Vec<u8>)>;
+
+/// The token files among `paths` and, below directories, in order; None: there are none, only text.
+///
+/// # Errors
+/// Both; a path that is missing.
+fn token_files(paths: &[PathBuf]) -> Result<Option<Vec<PathBuf>>> {
+    let mut found = Vec::new();
+    let mut other = None;
+    for path in paths {
+        let directory = fs::metadata(path).map_err(cannot("read the data", path))?.is_dir();
+        for file in if directory { files_below(path)? } else { vec![path.clone()] } {
+            // what `data pack` puts beside its files
+            let beside = file.file_name().is_some_and(|n| n == "pack.json" || n == "tokenizer.json");
+            match is_shard(&file) {
+                true => found.push(file),
+                false if directory && beside => {}
+                false => other = Some(file),
+            }
+        }
+    }
+    match other {
+        _ if found.is_empty() => Ok(None),
+        None => Ok(Some(found)),
+        Some(text) => Err(Error::new(format!(
+            "data: {} is a token file (.bin) and {} is not; give files of one kind",
+            found[0].display(),
+            text.display()
+        ))),
+    }
+}
 
 /// Files and, below directories, all that is not hidden, with their contents; and how many they are, in words.
 ///
@@ -353,7 +469,14 @@ mod tests {
 
     fn of_bytes(bytes: Vec<u8>, split: usize) -> Corpus {
         let (tokens, empty) = (Ids::One(bytes), String::new());
-        Corpus { tokens, split, vocab: 256, bytes_per_token: 1.0, summary: empty.clone(), sha256: empty }
+        Corpus {
+            tokens,
+            split,
+            vocab: 256,
+            bytes_per_token: Some(1.0),
+            summary: empty.clone(),
+            sha256: empty,
+        }
     }
 
     fn load(paths: &[PathBuf], validation: &[PathBuf], context: usize) -> Result<Corpus> {
@@ -384,6 +507,36 @@ mod tests {
         assert_eq!(corpus.sha256.len(), 64);
     }
 
+    /// Windows over the seam of two files; files of validation by their name, or the last tenth.
+    #[test]
+    fn token_files_are_one_run_of_tokens() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, ids: Range<u16>| {
+            fs::write(dir.path().join(name), ids.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+        };
+        write("train-000000.bin", 1000..1030);
+        write("train-000001.bin", 1030..1050);
+        let paths = [dir.path().to_owned()];
+        let corpus = load(&paths, &[], 3).unwrap();
+        assert_eq!((corpus.train(), corpus.validation()), (0..45, 45..50));
+        assert_eq!(corpus.tokens.get(28..33), [1028, 1029, 1030, 1031, 1032]);
+        assert_eq!(corpus.tokens.get(30..50), (1030..1050).collect::<Vec<u32>>());
+        assert_eq!(corpus.tokens.get(0..30), (1000..1030).collect::<Vec<u32>>());
+        assert_eq!(corpus.bits_per_byte(1.0), None);
+        let error = corpus.fits(256).err().unwrap().to_string();
+        assert!(error.contains("up to 1049") && error.contains("--vocab 1050"), "{error}");
+        write("val-000000.bin", 5..25);
+        let corpus = load(&paths, &[], 3).unwrap().fits(1050).unwrap();
+        assert_eq!((corpus.train(), corpus.validation()), (0..50, 50..70));
+        assert_eq!(corpus.tokens.get(48..52), [1048, 1049, 5, 6]);
+        fs::write(dir.path().join("note"), "text").unwrap();
+        assert!(error_of(&paths).contains("give files of one kind"));
+    }
+
+    fn error_of(paths: &[PathBuf]) -> String {
+        load(paths, &[], 3).err().unwrap().to_string()
+    }
+
     /// By hand: of the 900 training bytes, each that is in the validation part comes 3 times; 3 + 1 of 900 + 256.
     #[test]
     fn frequencies_of_bytes_have_a_loss() {
@@ -400,7 +553,7 @@ mod tests {
         assert!(error(&[&short, &empty], 4).ends_with("empty is empty"));
         assert!(error(&[Path::new("/no/such")], 4).starts_with("cannot read the data /no/such: "));
         let message = error(&[&short], 4);
-        assert!(message.contains("last 10 %, to validate on, are 1 of 10 bytes"), "{message}");
+        assert!(message.contains("1 of 10 tokens are there to validate on"), "{message}");
         assert!(message.contains("context + 1 = 5"), "{message}");
     }
 
@@ -418,7 +571,7 @@ mod tests {
         assert!(corpus.summary.starts_with("1 file, validation on 1 file, 14 bytes"), "{}", corpus.summary);
         assert_ne!(corpus.sha256, load(&both, &[], 1).unwrap().sha256);
         let message = load(&train, &val, 4).err().unwrap().to_string();
-        assert!(message.contains("files of --val-data, are 4 of 14 bytes"), "{message}");
+        assert!(message.contains("4 of 14 tokens are there to validate on"), "{message}");
         let message = load(&train, &["/no/such".into()], 1).err().unwrap().to_string();
         assert!(message.starts_with("cannot read the data /no/such: "), "{message}");
     }

@@ -20,7 +20,7 @@ use crate::trainer::{load_model, validate};
 struct Evaluation {
     /// Nats per token.
     val_loss: f64,
-    val_bits_per_byte: f64,
+    val_bits_per_byte: Option<f64>,
     tokens: u64,
 }
 
@@ -43,12 +43,15 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         crate::say!("{}", serde_json::to_string(&evaluation).expect("plain values"));
     } else {
         crate::say!("data: {}", corpus.summary);
-        let bits = evaluation.val_bits_per_byte;
-        crate::say!(
-            "validation loss {val_loss:.4} nats per token, {bits:.4} bits per byte, over {tokens} tokens"
-        );
+        let bits = bits(evaluation.val_bits_per_byte);
+        crate::say!("validation loss {val_loss:.4} nats per token{bits}, over {tokens} tokens");
     }
     Ok(())
+}
+
+/// ", X bits per byte", or nothing where that is not known.
+pub fn bits(per_byte: Option<f64>) -> String {
+    per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits per byte"))
 }
 
 /// The data of a run's configuration, or what flags name instead.
@@ -68,7 +71,7 @@ pub fn corpus(
     if !val_data.is_empty() {
         val_of_run = val_data;
     }
-    Corpus::load(of_run, val_of_run, config.context, tokenizer)
+    Corpus::load(of_run, val_of_run, config.context, tokenizer)?.fits(config.vocab)
 }
 
 /// One factor pair: its spectra, and what the last step with telemetry did to it.

@@ -15,6 +15,7 @@ use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
+use crate::inspect::bits;
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
@@ -53,7 +54,8 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         }
     };
     let opened = device::open(args.on.device)?;
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?;
+    let corpus =
+        Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
     let run = match (&start, &args.resume) {
         (Start::Resume(saved), Some(directory)) => {
             same_corpus(&saved.meta, &corpus)?;
@@ -295,9 +297,9 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         curve.validation.push((config.steps as f64, summary.val_loss));
         plot::losses(&directory.join("loss.svg"), &[curve])?;
         crate::say!(
-            "validation loss {:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            "validation loss {:.4} nats per token{}; {} tokens in {:.1} s, {:.0} tokens/s",
             summary.val_loss,
-            summary.val_bits_per_byte,
+            bits(summary.val_bits_per_byte),
             summary.tokens,
             summary.seconds,
             summary.tokens_per_second

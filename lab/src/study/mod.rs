@@ -75,8 +75,8 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     };
     let (base, tokenizer) = base.with_tokenizer()?;
     let plan = Plan::new(kind, &options, &base)?;
-    let Config { data, val_data, context, .. } = &plan.arms[0].config;
-    let corpus = Corpus::load(data, val_data, *context, &tokenizer)?;
+    let Config { data, val_data, context, vocab, .. } = &plan.arms[0].config;
+    let corpus = Corpus::load(data, val_data, *context, &tokenizer)?.fits(*vocab)?;
     let settings = Settings {
         kind,
         data_sha256: corpus.sha256.clone(),
