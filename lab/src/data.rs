@@ -186,10 +186,11 @@ impl Corpus {
                 tokenizer.name()
             )));
         }
+        let named = pack.as_ref().map_or(0, |pack| pack.vocabulary);
+        let vocab = (largest as usize + 1).max(named).max(tokenizer.vocab());
         let bytes_per_token = pack.filter(|pack| validation.is_empty() && pack.val.tokens > 0);
         let bytes_per_token = bytes_per_token.map(|pack| pack.val.bytes as f64 / pack.val.tokens as f64);
         let summary = format!("{count} token files, {at} tokens, sha256 {}", &sha256[..16]);
-        let vocab = (largest as usize + 1).max(tokenizer.vocab());
         let split = split.unwrap_or((at as u64 * 9 / 10) as usize);
         Ok(Corpus { tokens: Ids::Shards(shards), split, vocab, bytes_per_token, summary, sha256 })
     }

