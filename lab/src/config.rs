@@ -394,7 +394,11 @@ impl Overrides {
         Self::from_toml(&text).map_err(|e| Error::new(format!("configuration {}: {e}", path.display())))
     }
 
-    fn from_toml(text: &str) -> Result<Self> {
+    /// Reads the text of such a file.
+    ///
+    /// # Errors
+    /// As [`Overrides::from_file`], but for reading.
+    pub fn from_toml(text: &str) -> Result<Self> {
         let toml_error = |e: toml::de::Error| Error::new(e.to_string());
         let table: Table = toml::from_str(text).map_err(toml_error)?;
         let known = Self::augment_args(clap::Command::new(""));

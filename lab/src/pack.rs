@@ -1134,14 +1134,17 @@ mod tests {
             ),
             ("a.jsonl", b"[1]", "a.jsonl, line 1, column 1: not a JSON object: invalid type"),
             ("a.jsonl", b"{\"text\": \"\xff\"}", "a.jsonl, line 1, column 1"),
-            ("a.gz", b"ab\xff", "a.gz is not UTF-8 at byte 2"),
             ("a.jsonl", b"{\"text\": \"\"}\n", "no document with text in 1 file"),
             ("a.jsonl", b"{\"text\": \"a\"}\n", "only one document"),
             ("a", b"a", "only one document"),
+            ("a.gz", b"ab\xff", "a.gz is not UTF-8 at byte 2"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             fs::create_dir(dir.path().join("data")).unwrap();
             fs::write(dir.path().join("data").join(name), bytes).unwrap();
+            if name == "a.gz" {
+                fs::write(dir.path().join("data").join("b"), "a second one").unwrap();
+            }
             let error = run(&job(dir.path(), "out")).unwrap_err().to_string();
             assert!(error.contains(says), "expected {says:?} in {error}");
             assert!(!dir.path().join("out").exists());

@@ -36,6 +36,12 @@ pub struct Json {
     letters: Option<std::collections::HashMap<char, u8>>,
 }
 
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
 impl Tokenizer {
     /// The tokenizer of a file; None: bytes.
     ///
@@ -140,6 +146,23 @@ impl Tokenizer {
             #[cfg(not(feature = "tokenizers"))]
             Self::Json(_) => unreachable!("from_json refused it"),
         }
+    }
+}
+
+impl Tokenizer {
+    /// The bytes that `token` adds to the text of the tokens `before` it; for tokenizers whose words do not stand for bytes the last few
+    /// of them matter.
+    pub fn decode_next(&self, before: &[u32], token: u32) -> Vec<u8> {
+        #[cfg(feature = "tokenizers")]
+        if let Self::Json(json) = self
+            && json.letters.is_none()
+        {
+            let text = self.decode(before);
+            let longer = self.decode(&[before, &[token]].concat());
+            return longer.strip_prefix(&text[..]).unwrap_or_default().to_vec();
+        }
+        let _ = before;
+        self.decode(&[token])
     }
 }
 
