@@ -703,7 +703,7 @@ mod tests {
         }
         for (line, says) in [
             ("generate", "<CHECKPOINT>"),
-            ("generate c --preset mid", "--bench"),
+            ("generate c --preset mid", "cannot be used with"),
             ("generate c --bench --preset mid", "cannot be used with"),
             ("generate c --merged --factored", "cannot be used with"),
             ("generate c --interactive --prompt a", "cannot be used with"),

@@ -1153,7 +1153,8 @@ mod tests {
             assert_eq!(dealt, says.contains("only one") && name != "a", "{says}");
         }
         let dir = data();
-        assert!(run(&job(dir.path(), "data")).unwrap_err().to_string().contains("data exists"));
+        fs::create_dir(dir.path().join("there")).unwrap();
+        assert!(run(&job(dir.path(), "there")).unwrap_err().to_string().contains("there exists"));
         let error = sources(&[dir.path().into()], &dir.path().join("x/out")).err().unwrap().to_string();
         assert!(error.contains("is inside"), "{error}");
         let error = sources(&[dir.path().join("none")], Path::new("out")).err().unwrap().to_string();

@@ -256,8 +256,8 @@ mod tests {
     fn a_sequence_that_was_added_to_goes_on_as_a_new_one() {
         let (_, model, params) = small("");
         let mut s = Sequence::new(&model, &params, prompt(4), 3);
+        advance(&model, &params, &mut [&mut s]);
         for more in [3, 1, 12, 5] {
-            advance(&model, &params, &mut [&mut s]);
             s.tokens.extend(prompt(more));
             let mut fresh = Sequence::new(&model, &params, s.tokens.clone(), 3);
             let logits = [&mut s, &mut fresh].map(|s| advance(&model, &params, &mut [s]).remove(0));
