@@ -716,7 +716,9 @@ proptest! {
     #[test]
     fn a_transposed_pair_is_the_transposed_matrix(case in pair_case()) {
         let pair = case.pair::<f64>();
-        prop_assert_eq!(matrix(&pair.transpose().to_dense()), matrix(&pair.to_dense()).transpose());
+        // the sums over r may run in another order: each is off by at most r roundings of the sum of magnitudes, ‖A‖·‖B‖ at most
+        let apart = matrix(&pair.transpose().to_dense()) - matrix(&pair.to_dense()).transpose();
+        prop_assert!(apart.amax() <= 2.0 * case.r as f64 * f64::EPSILON * pair.a.norm() * pair.b.norm());
         let (m, n, r) = (case.m, case.n, case.r);
         let costs = pair.costs();
         prop_assert_eq!(costs.parameters, pair.a.len() + pair.b.len());

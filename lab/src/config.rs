@@ -17,6 +17,7 @@ use toml::Table;
 use crate::error::{Error, Result, cannot};
 use crate::methods::{Entry, Matrices, entry};
 use crate::model::matrices;
+use crate::tokens::Tokenizer;
 
 /// Sizes of the model, and of the batches that go with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -180,6 +181,10 @@ pub struct TrainingOptions {
     /// Files or directories to validate on; all of --data is then to train on [default: the last 10 % of --data]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Option<Vec<PathBuf>>,
+    /// A tokenizer.json, such as Hugging Face's or one of `rankgrad tokenizer train`; every checkpoint keeps a copy. --vocab is then
+    /// the tokenizer's [default: bytes are tokens]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Optimizer steps [default: 2000]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -298,6 +303,9 @@ pub struct Config {
     pub data: Vec<PathBuf>,
     /// Absolute paths; empty: the last 10 % of `data`.
     pub val_data: Vec<PathBuf>,
+    /// Absolute; None: bytes are tokens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tokenizer: Option<PathBuf>,
     pub steps: usize,
     pub lr: f64,
     pub adam_lr: f64,
@@ -386,7 +394,11 @@ impl Overrides {
         Self::from_toml(&text).map_err(|e| Error::new(format!("configuration {}: {e}", path.display())))
     }
 
-    fn from_toml(text: &str) -> Result<Self> {
+    /// Reads the text of such a file.
+    ///
+    /// # Errors
+    /// As [`Overrides::from_file`], but for reading.
+    pub fn from_toml(text: &str) -> Result<Self> {
         let toml_error = |e: toml::de::Error| Error::new(e.to_string());
         let table: Table = toml::from_str(text).map_err(toml_error)?;
         let known = Self::augment_args(clap::Command::new(""));
@@ -431,6 +443,24 @@ impl Overrides {
         })
     }
 
+    /// The tokenizer that was asked for, and these values with its vocabulary, unless another is given.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read; a vocabulary that is too small for it.
+    pub fn with_tokenizer(mut self) -> Result<(Self, Tokenizer)> {
+        let tokenizer = Tokenizer::open(self.training.tokenizer.as_deref())?;
+        if tokenizer.json().is_some() {
+            let vocab = *self.model.vocab.get_or_insert(tokenizer.vocab().max(256));
+            if vocab < tokenizer.vocab() {
+                return Err(Error::new(format!(
+                    "vocab is {vocab}, fewer than the tokens of {}; leave it out, or give more",
+                    tokenizer.name()
+                )));
+            }
+        }
+        Ok((self, tokenizer))
+    }
+
     /// Fills in preset and defaults, and checks the outcome.
     ///
     /// # Errors
@@ -468,6 +498,7 @@ impl Overrides {
             threads: m.threads.unwrap_or(0),
             data: absolute(t.data.unwrap_or_default())?,
             val_data: absolute(t.val_data.unwrap_or_default())?,
+            tokenizer: absolute(t.tokenizer.into_iter().collect())?.pop(),
             steps,
             lr: t.lr.unwrap_or(lr),
             adam_lr: t.adam_lr.unwrap_or(adam_lr),
@@ -666,7 +697,10 @@ impl Config {
             }
         }
         if self.vocab < 256 {
-            return fail(format!("vocab is {}: tokens are bytes, so it must be at least 256", self.vocab));
+            return fail(format!(
+                "vocab is {}: it must be at least 256, for every byte to be a token",
+                self.vocab
+            ));
         }
         if self.warmup > self.steps {
             return fail(format!("warmup = {} is longer than steps = {}", self.warmup, self.steps));
@@ -840,9 +874,10 @@ mod tests {
 
     #[test]
     fn file_flags_and_record_have_the_same_keys() {
+        let absent = ["out", "tokenizer"]; // not recorded at all; not recorded where there is none
         let flags = Overrides::augment_args(clap::Command::new(""));
         let flags: Vec<&str> =
-            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| *k != "out").collect();
+            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| !absent.contains(k)).collect();
         // what is recorded only where it is not the default has no flag, and is read from files
         let with_shape = resolve("rope_base = 5e5\nnorm_eps = 1e-6\n[ranks]\n\"blocks.0.q\" = 5").unwrap();
         let recorded = |c: &Config| table(c).unwrap().keys().cloned().collect::<Vec<String>>();

@@ -17,6 +17,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{ExportArgs, Layout};
 use crate::config::{Config, name};
 use crate::error::{Error, Result, cannot};
+use crate::tokens::byte_letters;
 use crate::trainer::{load_model, without_guides};
 
 /// Writes a directory, whole or not at all.
@@ -26,6 +27,7 @@ use crate::trainer::{load_model, without_guides};
 pub fn export(args: &ExportArgs) -> Result<()> {
     let Layout::HfLlama = args.to;
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
+    let tokenizer = checkpoint.tokenizer.clone();
     let config = checkpoint.meta.config.clone();
     without_guides(&checkpoint, &args.checkpoint)?;
     let (_, params) = load_model(&Cpu::default(), checkpoint)?;
@@ -37,14 +39,18 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     }
     let tensors = tensors(&params, args.factorized)?;
     let count: usize = tensors.iter().map(|(_, x)| x.len()).sum();
-    let files = files(&config, &tensors, args.factorized)?;
+    let mut files = files(&config, &tensors, args.factorized)?;
+    if let Some(text) = tokenizer {
+        files.retain(|(name, _)| *name != "tokenizer.json");
+        files.push(("tokenizer.json", text.into_bytes()));
+    }
     write_directory(&args.directory, &files)?;
     let what = if args.factorized { "factor pairs" } else { "merged" };
     crate::say!("{}: {} tensors, {count} parameters ({what})", args.directory.display(), tensors.len());
     Ok(())
 }
 
-/// Names and contents of all files.
+/// Names and contents of all files; the tokenizer is that of bytes.
 pub fn files(
     config: &Config,
     tensors: &[(String, Tensor<Cpu<f32>>)],
@@ -184,16 +190,6 @@ fn tokenizer_config_json(c: &Config) -> serde_json::Value {
     })
 }
 
-/// The letter that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2): the byte's own where it can be seen, else
-/// the next beyond 255.
-fn byte_letters() -> impl Iterator<Item = char> {
-    let mut next = 256..;
-    (0..=255u8).map(move |byte| match byte {
-        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
-        _ => next.next().and_then(char::from_u32).expect("letters up to 323"),
-    })
-}
-
 const FACTORIZED_README: &str = "\
 # Factor pairs
 
@@ -292,15 +288,5 @@ mod tests {
             assert_eq!(rows.len() * config.vocab, ours.len());
             assert!(worst < 1e-4, "{worst:e}"); // logits of a few units, in f32 on both sides
         }
-    }
-
-    /// Published in GPT-2's vocabulary: space is Ġ, newline Ċ, and the soft hyphen, the last without a letter of its own, Ń.
-    #[test]
-    fn bytes_have_gpt2s_letters() {
-        let letters: Vec<char> = byte_letters().collect();
-        assert_eq!((letters[0], letters[10], letters[32]), ('Ā', 'Ċ', 'Ġ'));
-        assert_eq!((letters[b'A' as usize], letters[0xad], letters[0xff]), ('A', 'Ń', 'ÿ'));
-        let distinct: std::collections::BTreeSet<char> = letters.iter().copied().collect();
-        assert_eq!(distinct.len(), 256);
     }
 }

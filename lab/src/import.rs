@@ -1,7 +1,7 @@
 //! `import`: a Llama-style model in Hugging Face's layout as a checkpoint of this program, its matrices as factor pairs.
 //!
 //! The way back of export.rs, from files that other programs wrote: nothing in them is taken on trust, and what this program's model
-//! cannot do is refused by its name. Not here: how matrices are cut (ranks.rs), tokenizers (a tokenizer.json is only copied).
+//! cannot do is refused by its name. Not here: how matrices are cut (ranks.rs), tokenizers (tokens.rs).
 //! Letters: W [m, n], d width.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,7 @@ use crate::error::{Error, Result, cannot};
 use crate::export::{llama_name, must_be_new};
 use crate::model::Model;
 use crate::ranks::{Cut, factorise, print, write_model};
+use crate::tokens::Tokenizer;
 
 /// Where max_position_embeddings is larger, sequences of this length; --context asks for others.
 const LONGEST: usize = 2048;
@@ -43,7 +44,9 @@ pub fn import(args: &ImportArgs) -> Result<()> {
             print(&rows, before, pairs.count());
             (config, params) = (factored, pairs);
         }
-        write_model(&args.out, &config, &params, &directory)?;
+        let tokenizer = directory.join("tokenizer.json");
+        let tokenizer = Tokenizer::open(tokenizer.exists().then_some(&*tokenizer))?;
+        write_model(&args.out, &config, &params, &tokenizer)?;
         crate::say!(
             "{}: {}, {} layers, d {}, context {}, vocabulary {}, {} parameters; step 0",
             args.out.display(),
@@ -492,7 +495,7 @@ mod tests {
         let (hf, path) = (dir.path().join("hf"), dir.path().join("hf/model.safetensors"));
         let tensors = export::tensors(&params, false).unwrap();
         let refused = |says: &str| {
-            let error = read(&hf, None).err().expect(says).to_string();
+            let error = read(&hf, None).err().unwrap_or_else(|| panic!("{says}")).to_string();
             assert!(error.contains(says), "{error}");
         };
         let with = |i: usize, x: Tensor<B>| {

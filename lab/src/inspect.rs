@@ -13,13 +13,14 @@ use crate::data::Corpus;
 use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::run::{MatrixRecord, Record, Telemetry, read_metrics};
+use crate::tokens::Tokenizer;
 use crate::trainer::{load_model, validate};
 
 #[derive(Serialize)]
 struct Evaluation {
     /// Nats per token.
     val_loss: f64,
-    val_bits_per_byte: f64,
+    val_bits_per_byte: Option<f64>,
     tokens: u64,
 }
 
@@ -30,31 +31,39 @@ struct Evaluation {
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
     let config = checkpoint.meta.config.clone();
-    let corpus = corpus(&config, &args.data, &args.val_data)?;
+    let corpus = corpus(&config, &checkpoint.tokenizer()?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
         on_device!(device::open(args.on.device)?, |device| {
             let (model, params) = load_model(&device, checkpoint)?;
             Ok::<_, Error>(validate(&config, &model, &params, &corpus, args.batches))
         })
     })?;
-    let evaluation = Evaluation { val_loss, val_bits_per_byte: val_loss / std::f64::consts::LN_2, tokens };
+    let evaluation = Evaluation { val_loss, val_bits_per_byte: corpus.bits_per_byte(val_loss), tokens };
     if args.json {
         crate::say!("{}", serde_json::to_string(&evaluation).expect("plain values"));
     } else {
         crate::say!("data: {}", corpus.summary);
-        let bits = evaluation.val_bits_per_byte;
-        crate::say!(
-            "validation loss {val_loss:.4} nats per token, {bits:.4} bits per byte, over {tokens} tokens"
-        );
+        let bits = bits(evaluation.val_bits_per_byte);
+        crate::say!("validation loss {val_loss:.4} nats per token{bits}, over {tokens} tokens");
     }
     Ok(())
+}
+
+/// ", X bits per byte", or nothing where that is not known.
+pub fn bits(per_byte: Option<f64>) -> String {
+    per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits per byte"))
 }
 
 /// The data of a run's configuration, or what flags name instead.
 ///
 /// # Errors
 /// Those of [`Corpus::load`].
-pub fn corpus(config: &Config, data: &[PathBuf], val_data: &[PathBuf]) -> Result<Corpus> {
+pub fn corpus(
+    config: &Config,
+    tokenizer: &Tokenizer,
+    data: &[PathBuf],
+    val_data: &[PathBuf],
+) -> Result<Corpus> {
     let (mut of_run, mut val_of_run) = (&config.data[..], &config.val_data[..]);
     if !data.is_empty() {
         (of_run, val_of_run) = (data, &[]);
@@ -62,7 +71,7 @@ pub fn corpus(config: &Config, data: &[PathBuf], val_data: &[PathBuf]) -> Result
     if !val_data.is_empty() {
         val_of_run = val_data;
     }
-    Corpus::load(of_run, val_of_run, config.context)
+    Corpus::load(of_run, val_of_run, config.context, tokenizer)?.fits(config.vocab)
 }
 
 /// One factor pair: its spectra, and what the last step with telemetry did to it.

@@ -4,7 +4,6 @@
 //! Not here: training what comes out (`train --from`). Letters: W [m, n] = A·Bᵀ, r rank, σ singular values.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use rankgrad::lowrank::{FactorPair, Params, rank_for_energy};
@@ -14,9 +13,10 @@ use rayon::prelude::*;
 use crate::checkpoint::{self, Checkpoint, HostTensor, Meta};
 use crate::cli::{DataOptions, MergeArgs, RankArgs};
 use crate::config::{Config, Method, name};
-use crate::error::{Error, Result, cannot};
+use crate::error::{Error, Result};
 use crate::export::{must_be_new, write_directory};
 use crate::inspect::corpus;
+use crate::tokens::Tokenizer;
 use crate::trainer::{load_model, validate, without_guides};
 
 type B = Cpu<f32>;
@@ -167,49 +167,33 @@ pub fn print(rows: &[Row], before: usize, after: usize) {
     crate::say!("{:<72} {before:>12} {after:>12}", "whole model");
 }
 
-/// Writes a model as a directory with one checkpoint of step 0, and the tokenizer.json of the directory `beside`, if there is one.
+/// Writes a model as a directory with one checkpoint of step 0.
 ///
 /// # Errors
-/// A directory that exists, a tokenizer that cannot be read, a full disk.
-pub fn write_model(out: &Path, config: &Config, params: &Params<B>, beside: &Path) -> Result<()> {
+/// A directory that exists, a full disk.
+pub fn write_model(out: &Path, config: &Config, params: &Params<B>, tokenizer: &Tokenizer) -> Result<()> {
     let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
     let named = params.names().zip(params.values.tensors());
     let tensors = named.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
-    let checkpoint = Checkpoint { meta: Meta::of_model(config.clone()), tensors };
-    let mut files = vec![("step-00000000.safetensors", checkpoint.to_bytes()?)];
-    let tokenizer = beside.join("tokenizer.json");
-    if tokenizer.exists() {
-        files.push(("tokenizer.json", fs::read(&tokenizer).map_err(cannot("read", &tokenizer))?));
-    }
-    write_directory(out, &files)
+    let meta = Meta::of_model(config.clone());
+    let checkpoint = Checkpoint { meta, tokenizer: tokenizer.json().map(str::to_owned), tensors };
+    write_directory(out, &[("step-00000000.safetensors", checkpoint.to_bytes()?)])
 }
 
-/// A checkpoint's model, and the directory that it is in.
-struct Source {
-    checkpoint: Checkpoint,
-    file: std::path::PathBuf,
-}
-
-impl Source {
-    fn open(path: &Path, out: &Path) -> Result<Self> {
-        must_be_new(out)?; // before any work is done
-        let file = checkpoint::find(path)?;
-        let checkpoint = Checkpoint::load(&file)?;
-        without_guides(&checkpoint, path)?;
-        Ok(Self { checkpoint, file })
-    }
-
-    fn directory(&self) -> &Path {
-        self.file.parent().unwrap_or(Path::new("."))
-    }
+/// The checkpoint of a finished model; `out` must not exist.
+fn open(path: &Path, out: &Path) -> Result<Checkpoint> {
+    must_be_new(out)?; // before any work is done
+    let checkpoint = Checkpoint::load(&checkpoint::find(path)?)?;
+    without_guides(&checkpoint, path)?;
+    Ok(checkpoint)
 }
 
 /// Prints the validation losses of two models where data is named.
-fn compare(data: &DataOptions, models: [(&Config, &Params<B>); 2]) -> Result<()> {
+fn compare(data: &DataOptions, tokenizer: &Tokenizer, models: [(&Config, &Params<B>); 2]) -> Result<()> {
     if data.data.is_empty() && data.val_data.is_empty() {
         return Ok(());
     }
-    let corpus = corpus(models[0].0, &data.data, &data.val_data)?;
+    let corpus = corpus(models[0].0, tokenizer, &data.data, &data.val_data)?;
     let [before, after] = models.map(|(config, params)| {
         let (model, _) = crate::model::Model::blank(&B::default(), config);
         validate(config, &model, params, &corpus, 0).0
@@ -225,15 +209,15 @@ fn compare(data: &DataOptions, models: [(&Config, &Params<B>); 2]) -> Result<()>
 /// A checkpoint or data that cannot be used, a rank above a pair's, a directory that exists.
 pub fn rank(args: &RankArgs) -> Result<()> {
     let cut = Cut::of(("--to-ratio", args.to_ratio), args.energy)?;
-    let source = Source::open(&args.checkpoint, &args.out)?;
-    let directory = source.directory().to_owned();
-    let config = source.checkpoint.meta.config.clone();
+    let source = open(&args.checkpoint, &args.out)?;
+    let tokenizer = source.tokenizer()?;
+    let config = source.meta.config.clone();
     crate::pool(0)?.install(|| {
-        let (_, params) = load_model(&B::default(), source.checkpoint)?;
+        let (_, params) = load_model(&B::default(), source)?;
         let (small, outcome, rows) = factorise(&config, params.clone(), cut)?;
-        write_model(&args.out, &small, &outcome, &directory)?;
+        write_model(&args.out, &small, &outcome, &tokenizer)?;
         print(&rows, params.count(), outcome.count());
-        compare(&args.data, [(&config, &params), (&small, &outcome)])?;
+        compare(&args.data, &tokenizer, [(&config, &params), (&small, &outcome)])?;
         crate::say!("{}: {}, step 0", args.out.display(), name(small.method));
         Ok(())
     })
@@ -244,9 +228,9 @@ pub fn rank(args: &RankArgs) -> Result<()> {
 /// # Errors
 /// A checkpoint without pairs, or that or data that cannot be used; a directory that exists.
 pub fn merge(args: &MergeArgs) -> Result<()> {
-    let source = Source::open(&args.checkpoint, &args.out)?;
-    let directory = source.directory().to_owned();
-    let config = source.checkpoint.meta.config.clone();
+    let source = open(&args.checkpoint, &args.out)?;
+    let tokenizer = source.tokenizer()?;
+    let config = source.meta.config.clone();
     if !config.factored() {
         return Err(Error::new(format!(
             "{}: a model of {} has no factor pairs to merge",
@@ -256,16 +240,16 @@ pub fn merge(args: &MergeArgs) -> Result<()> {
     }
     let whole = Config { method: Method::DenseMuon, ranks: BTreeMap::new(), ..config.clone() };
     crate::pool(0)?.install(|| {
-        let (_, params) = load_model(&B::default(), source.checkpoint)?;
+        let (_, params) = load_model(&B::default(), source)?;
         let mut merged = Params::default();
         for (name, pair) in params.pair_names.iter().zip(&params.values.pairs) {
             merged.hidden(name.clone(), pair.to_dense()); // [m, n]
         }
         merged.values.dense = params.values.dense.clone();
         merged.dense_names = params.dense_names.clone();
-        write_model(&args.out, &whole, &merged, &directory)?;
+        write_model(&args.out, &whole, &merged, &tokenizer)?;
         let (before, after) = (params.count(), merged.count());
-        compare(&args.data, [(&config, &params), (&whole, &merged)])?;
+        compare(&args.data, &tokenizer, [(&config, &params), (&whole, &merged)])?;
         let method = name(whole.method);
         crate::say!("{}: {method}, step 0, {before} parameters before, {after} after", args.out.display());
         Ok(())

@@ -15,9 +15,11 @@ use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
+use crate::inspect::bits;
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
+use crate::tokens::Tokenizer;
 use crate::trainer::{Trainer, schedule, without_guides};
 
 /// Trains a new model, from drawn weights or a checkpoint's, or continues a run.
@@ -26,8 +28,11 @@ use crate::trainer::{Trainer, schedule, without_guides};
 /// Bad configuration or data, a directory that cannot be used, a run that diverges.
 pub fn train(args: &TrainArgs) -> Result<()> {
     let asked = args.overrides.over_file(args.config.as_deref())?;
-    let (config, start) = match (&args.resume, &args.from) {
-        (None, None) => (asked.resolve()?, Start::New),
+    let (config, tokenizer, start) = match (&args.resume, &args.from) {
+        (None, None) => {
+            let (asked, tokenizer) = asked.with_tokenizer()?;
+            (asked.resolve()?, tokenizer, Start::New)
+        }
         (Some(directory), _) => {
             let saved = Checkpoint::load(&checkpoint::find(directory)?)?;
             if !saved.meta.trained_here() {
@@ -36,16 +41,21 @@ pub fn train(args: &TrainArgs) -> Result<()> {
                     directory.display()
                 )));
             }
-            (saved.meta.config.resumed_with(&asked)?, Start::Resume(Box::new(saved)))
+            (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Start::Resume(Box::new(saved)))
         }
         (None, Some(path)) => {
             let weights = Checkpoint::load(&checkpoint::find(path)?)?;
             without_guides(&weights, path)?;
-            (weights.meta.config.begun_with(&asked)?, Start::From(Box::new(weights)))
+            let (asked, mut tokenizer) = asked.with_tokenizer()?;
+            if asked.training.tokenizer.is_none() {
+                tokenizer = weights.tokenizer()?;
+            }
+            (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
     let opened = device::open(args.on.device)?;
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
+    let corpus =
+        Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
     let run = match (&start, &args.resume) {
         (Start::Resume(saved), Some(directory)) => {
             same_corpus(&saved.meta, &corpus)?;
@@ -54,8 +64,9 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         _ => Run::create(&config)?,
     };
     catch_interrupts()?;
-    crate::pool(config.threads)?
-        .install(|| on_device!(opened, |device| train_on(&device, args, &config, &corpus, run, start)))
+    crate::pool(config.threads)?.install(|| {
+        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, start))
+    })
 }
 
 /// The run, begun or gone on with, to its end or to where it is stopped.
@@ -63,11 +74,11 @@ fn train_on<B: Backend<Elem = f32>>(
     device: &B,
     args: &TrainArgs,
     config: &Config,
-    corpus: &Corpus,
+    (corpus, tokenizer): (&Corpus, &Tokenizer),
     run: Run,
     start: Start,
 ) -> Result<()> {
-    let mut training = Loop::new(device, config, corpus, run, start)?;
+    let mut training = Loop::new(device, config, (corpus, tokenizer), run, start)?;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();
@@ -130,6 +141,7 @@ pub enum End {
 pub struct Loop<'a, B: Backend> {
     config: &'a Config,
     corpus: &'a Corpus,
+    tokenizer: &'a Tokenizer,
     run: Run,
     trainer: Trainer<B>,
     /// Tokens, seconds and best loss so far.
@@ -141,7 +153,13 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     ///
     /// # Errors
     /// A checkpoint that does not fit the configuration.
-    pub fn new(device: &B, config: &'a Config, corpus: &'a Corpus, run: Run, start: Start) -> Result<Self> {
+    pub fn new(
+        device: &B,
+        config: &'a Config,
+        (corpus, tokenizer): (&'a Corpus, &'a Tokenizer),
+        run: Run,
+        start: Start,
+    ) -> Result<Self> {
         let mut meta = Meta::new(config, corpus);
         let trainer = match start {
             Start::New => Trainer::new(device, config),
@@ -153,7 +171,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
                 trainer
             }
         };
-        Ok(Loop { config, corpus, run, trainer, meta })
+        Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
     /// Trains to the end, to the step `stop_after`, or to Ctrl-C.
@@ -235,7 +253,8 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     }
 
     fn save(&mut self) -> Result<PathBuf> {
-        let checkpoint = self.trainer.checkpoint(self.meta.clone());
+        let mut checkpoint = self.trainer.checkpoint(self.meta.clone());
+        checkpoint.tokenizer = self.tokenizer.json().map(str::to_owned);
         self.run.save(&checkpoint)
     }
 
@@ -251,7 +270,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
         let summary = Summary {
             val_loss,
-            val_bits_per_byte: val_loss / std::f64::consts::LN_2,
+            val_bits_per_byte: self.corpus.bits_per_byte(val_loss),
             params: self.trainer.params.count(),
             tokens: self.meta.tokens,
             seconds: self.meta.seconds,
@@ -278,19 +297,18 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         curve.validation.push((config.steps as f64, summary.val_loss));
         plot::losses(&directory.join("loss.svg"), &[curve])?;
         crate::say!(
-            "validation loss {:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            "validation loss {:.4} nats per token{}; {} tokens in {:.1} s, {:.0} tokens/s",
             summary.val_loss,
-            summary.val_bits_per_byte,
+            bits(summary.val_bits_per_byte),
             summary.tokens,
             summary.seconds,
             summary.tokens_per_second
         );
         crate::say!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
         if !quiet {
-            let sampling = Sampling { tokens: 300, temperature: 0.8, top_k: None, seed: config.seed };
-            let trainer = &self.trainer;
-            let text = sample(&trainer.model, &trainer.params, config, b"\n", &sampling);
-            crate::say!("--- a sample ---{}", String::from_utf8_lossy(&text));
+            let sampling = Sampling { seed: config.seed, tokenizer: self.tokenizer, ..Sampling::default() };
+            let text = sample(&self.trainer.model, &self.trainer.params, "\n", &sampling)?;
+            crate::say!("--- a sample ---{text}");
         }
         Ok(())
     }

@@ -281,7 +281,7 @@ pub fn validate<B: Backend>(
 }
 
 impl<B: Backend<Elem = f32>> Trainer<B> {
-    /// Everything that a continuation needs, bit for bit. `meta.step` is set here.
+    /// Everything that a continuation needs of the model, bit for bit. `meta.step` is set here; the tokenizer is the caller's.
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
         let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
         let params = self.params.names().zip(self.params.values.tensors());
@@ -290,7 +290,7 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
         let meta = Meta { step: self.optimizer.steps, ..meta };
         let state = self.optimizer.state();
         tensors.extend(state.into_iter().map(|(name, x)| (format!("opt.{name}"), host(x))));
-        Checkpoint { meta, tensors }
+        Checkpoint { meta, tokenizer: None, tensors }
     }
 
     /// Takes over the state of a checkpoint.

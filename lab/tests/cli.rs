@@ -156,6 +156,56 @@ fn a_run_learns_and_its_files_say_so() {
     }
 }
 
+/// The same text alone, in a batch, streamed, as JSON, in a conversation; ended by a stop string; timed.
+#[test]
+fn text_is_generated_in_every_way() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 100");
+    let alone = |prompt: &str| desk.ok(&format!("generate run --prompt {prompt} --tokens 40 --top-p 0.9"));
+    let (seven, one) = (alone("7"), alone("1,"));
+    std::fs::write(desk.path("prompts"), "7\n\n1,\n").unwrap();
+    let both = desk.ok("generate run --prompts prompts --tokens 40 --top-p 0.9");
+    assert_eq!(both, format!("--- 1 of 2 ---\n{seven}--- 2 of 2 ---\n{one}"));
+    let lines = desk.ok("generate run --prompts prompts --tokens 40 --top-p 0.9 --json");
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let whole =
+        |line: &Value| format!("{}{}\n", line["prompt"].as_str().unwrap(), line["text"].as_str().unwrap());
+    assert_eq!([whole(&lines[0]), whole(&lines[1])], [seven.clone(), one]);
+    assert_eq!((lines[0]["tokens"].as_u64(), lines[0]["stopped"].as_bool()), (Some(40), Some(false)));
+
+    // two characters from the middle of what comes
+    let added = &seven[1..seven.len() - 1];
+    let stop: String = added.chars().skip(20).take(2).collect();
+    let mut command = desk.command("generate run --prompt 7 --tokens 40 --top-p 0.9 --stop");
+    let output = command.arg(&stop).output().unwrap();
+    let cut = &added[..added.find(&stop).unwrap()];
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("7{cut}\n"));
+
+    let talk = |input: &str| {
+        use std::io::Write;
+        use std::process::Stdio;
+        let mut command = desk.command("generate run --interactive --tokens 40 --top-p 0.9");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(talk("7\n"), seven);
+    let two = talk("7\n1,\n\nnot read\n");
+    assert!(two.starts_with(&seven) && two[seven.len()..].starts_with("1,"), "{two}");
+    assert_eq!(talk(""), "");
+
+    let table = desk.ok("generate run --bench --tokens 2");
+    assert!(table.contains("factored") && table.contains("merged") && table.contains("decode"), "{table}");
+    let bench: Value =
+        serde_json::from_str(&desk.ok("generate --bench --preset tiny --tokens 2 --json")).unwrap();
+    assert_eq!((bench["prompt_tokens"].as_u64(), bench["decoded_tokens"].as_u64()), (Some(32), Some(2)));
+    for row in bench["rows"].as_array().unwrap() {
+        assert!(row["decode_tokens_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
 /// A model under guidance is validated, inspected and sampled with its guides; at the end none is left.
 #[test]
 fn guides_come_and_go() {
@@ -459,6 +509,8 @@ fn bad_input_is_answered_by_name() {
         ("eval missing", "missing"),
         ("generate run --top-k 0", "--top-k is 0"),
         ("generate run --temperature -1", "--temperature is -1"),
+        ("generate run --top-p 2", "--top-p is 2"),
+        ("generate run --prompts nothing", "cannot read prompts from nothing"),
         ("inspect text", "truncated, damaged or not a safetensors file"),
     ] {
         let errors = desk.refused(line);
@@ -544,16 +596,16 @@ fn a_model_goes_out_comes_in_and_is_trained_on() {
         table.contains("blocks.1.down") && table.contains("16×24") && table.contains("in: spectron"),
         "{table}"
     );
-    assert!(
-        std::fs::read(desk.path("in/tokenizer.json")).unwrap()
-            == std::fs::read(desk.path("hf/tokenizer.json")).unwrap()
-    );
     let trained = val_loss(&desk, "run");
     // rank 0.5 to rank 0.5: nothing is lost but roundings, of a loss of about 1.5
     assert!((val_loss(&desk, "in") - trained).abs() < 1e-5);
     assert!(desk.ok("generate in --prompt 7 --tokens 5").starts_with('7'));
     assert!(desk.ok("inspect in").contains("spectron after 0 steps"));
     desk.ok("export in again");
+    assert!(
+        std::fs::read(desk.path("again/tokenizer.json")).unwrap()
+            == std::fs::read(desk.path("hf/tokenizer.json")).unwrap()
+    );
     desk.ok("import again/model.safetensors whole --dense");
     assert!((val_loss(&desk, "whole") - trained).abs() < 1e-5);
     let report: Value = serde_json::from_str(&desk.ok("inspect whole --json")).unwrap();
@@ -667,4 +719,115 @@ fn ranks_are_cut_and_pairs_merged() {
         assert!(errors.contains(says), "{line}: expected {says:?} in\n{errors}");
     }
     assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
+}
+
+/// A tokenizer is trained, used on text and on packed tokens, kept by the checkpoints, and exported.
+#[cfg(feature = "tokenizers")]
+#[test]
+fn a_tokenizer_goes_where_the_model_goes() {
+    let desk = Desk::new();
+    let shown = desk.ok("tokenizer train --data text --vocab 300 --out small.json");
+    assert!(shown.starts_with("small.json: 300 tokens; "), "{shown}");
+    let train = "train --config small.toml --steps 30 --eval-every 0 --quiet";
+    desk.ok(&format!("{train} --data text --tokenizer small.json --out run"));
+    let outcome = json(&desk.path("run/final.json"));
+    let number = |key: &str| outcome[key].as_f64().unwrap();
+    assert!(number("val_bits_per_byte") < 0.9 * number("val_loss") / std::f64::consts::LN_2); // more than a byte a token
+    std::fs::rename(desk.path("small.json"), desk.path("elsewhere.json")).unwrap();
+    let again: Value = serde_json::from_str(&desk.ok("eval run --json")).unwrap();
+    assert_eq!(
+        (&again["val_loss"], &again["val_bits_per_byte"]),
+        (&outcome["val_loss"], &outcome["val_bits_per_byte"])
+    );
+    desk.ok("export run hf");
+    let same =
+        |a: &str, b: &str| std::fs::read(desk.path(a)).unwrap() == std::fs::read(desk.path(b)).unwrap();
+    assert!(same("hf/tokenizer.json", "elsewhere.json"));
+
+    std::fs::write(
+        desk.path("lines.jsonl"),
+        "{\"text\": \"0123456789 0123456789 0123456789\"}\n".repeat(200),
+    )
+    .unwrap();
+    desk.ok(
+        "data pack --data lines.jsonl --tokenizer elsewhere.json --val-fraction 0.2 --out tokens --quiet",
+    );
+    assert!(same("tokens/tokenizer.json", "elsewhere.json"));
+    desk.ok(&format!("{train} --data tokens --tokenizer tokens/tokenizer.json --out packed"));
+    assert!(json(&desk.path("packed/final.json"))["val_bits_per_byte"].as_f64().unwrap() > 0.0);
+    desk.ok("tokenizer train --data text --vocab 290 --out other.json");
+    for (line, says) in [
+        (format!("{train} --data tokens --out x"), "beyond the model's vocabulary of 256"),
+        (format!("{train} --data tokens --tokenizer other.json --out x"), "made with another tokenizer"),
+        (
+            format!("{train} --data text --tokenizer other.json --vocab 256 --out x"),
+            "fewer than the tokens of",
+        ),
+        (format!("{train} --data text --tokenizer text --out x"), "not a tokenizer.json"),
+        (format!("{train} --data tokens text --out x"), "give files of one kind"),
+    ] {
+        let errors = desk.refused(&line);
+        assert!(errors.contains(says), "{line}: expected {says:?} in\n{errors}");
+    }
+    assert!(!desk.path("x").exists());
+}
+
+/// The token files are read by hand here: llm.c's header of 256 i32, then u16.
+#[test]
+fn text_is_packed_into_token_files() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("more.jsonl"), "{\"body\": \"one\"}\n{\"body\": \"two\"}\n{\"body\": \"\"}\n")
+        .unwrap();
+    let line =
+        "data pack --data text more.jsonl --field body --shard-tokens 8000 --val-fraction 0.0001 --quiet";
+    let shown = desk.ok(&format!("{line} --out tokens"));
+    let pack = json(&desk.path("tokens/pack.json"));
+    let text = std::fs::read(desk.path("text")).unwrap();
+    let total = |key: &str| pack["train"][key].as_u64().unwrap() + pack["val"][key].as_u64().unwrap();
+    assert_eq!((total("documents"), total("bytes")), (3, text.len() as u64 + 6));
+    assert_eq!((total("tokens"), &pack["empty_documents"]), (text.len() as u64 + 9, &1.into()));
+    assert_eq!(
+        (&pack["vocabulary"], &pack["end_token"], &pack["seed"]),
+        (&257.into(), &256.into(), &1.into())
+    );
+    assert_eq!((&pack["format"], &pack["tokenizer_sha256"]), (&"llm-c".into(), &Value::Null));
+    let train = &pack["train"];
+    let says = format!("tokens/train: {} tokens of {} documents", train["tokens"], train["documents"]);
+    assert!(shown.starts_with(&says), "{shown}");
+    let read = |name: String| {
+        let bytes = std::fs::read(desk.path(&name)).unwrap();
+        let header = |i: usize| i32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap());
+        assert_eq!((header(0), header(1), header(2) as usize), (20240520, 1, (bytes.len() - 1024) / 2));
+        let tokens = bytes[1024..].chunks(2).map(|token| u16::from_le_bytes([token[0], token[1]]));
+        tokens.collect::<Vec<_>>()
+    };
+    let mut tokens = vec![];
+    for part in ["train", "val"] {
+        for i in 0..pack[part]["shards"].as_u64().unwrap() {
+            tokens.extend(read(format!("tokens/{part}-{i:06}.bin")));
+        }
+    }
+    let ids = |id: &u16| *id as u8;
+    let mut documents: Vec<Vec<u8>> =
+        tokens.split(|&id| id == 256).skip(1).map(|document| document.iter().map(ids).collect()).collect();
+    documents.sort();
+    let mut expected = vec![b"one".to_vec(), b"two".to_vec(), text];
+    expected.sort();
+    assert_eq!(documents, expected);
+    let files = std::fs::read_dir(desk.path("tokens")).unwrap().count() as u64;
+    assert_eq!(files, total("shards") + 1);
+
+    // nanoGPT's files are the same without headers
+    desk.ok(&format!("{line} --format nanogpt --out raw --threads 1"));
+    let bytes = std::fs::read(desk.path("tokens/train-000000.bin")).unwrap();
+    assert!(std::fs::read(desk.path("raw/train-000000.bin")).unwrap() == bytes[1024..]);
+
+    assert!(desk.refused(&format!("{line} --out tokens")).contains("tokens exists; choose a new directory"));
+    let errors = desk.refused("data pack --data more.jsonl --out x");
+    assert!(errors.contains("more.jsonl, line 1: no field `text`; there are: body;"), "{errors}");
+    assert!(desk.refused("data pack --data text --out x").contains("only one document"));
+    assert!(desk.refused("data pack --data text --out x --val-fraction -1").contains("--val-fraction is -1"));
+    let errors = desk.refused("data pack --data text --out x --shard-tokens 3000000000");
+    assert!(errors.contains("holds 2147483647 at most"), "{errors}");
+    assert!(!desk.path("x").exists() && !desk.path("x.packing").exists());
 }

@@ -27,6 +27,7 @@ use crate::run::Run;
 use crate::study::outcome::{Diverged, Outcome, same_config};
 use crate::study::plan::Plan;
 use crate::study::search::{State, Trial};
+use crate::tokens::Tokenizer;
 use crate::train::{End, Loop, Start, same_corpus};
 
 /// Time between updates of the bar, and between plain lines.
@@ -38,6 +39,7 @@ pub struct Study<'a> {
     pub directory: &'a Path,
     pub plan: &'a Plan,
     pub corpus: &'a Corpus,
+    pub tokenizer: &'a Tokenizer,
     /// Runs at a time, and threads of each.
     pub jobs: usize,
     pub threads: usize,
@@ -191,7 +193,8 @@ impl Study<'_> {
         };
         let end = crate::pool(self.threads)?.install(|| {
             let mut progress = Progress::counting(trained.clone());
-            Loop::new(&Cpu::default(), &config, self.corpus, run, start)?.run(None, &mut progress)
+            Loop::new(&Cpu::default(), &config, (self.corpus, self.tokenizer), run, start)?
+                .run(None, &mut progress)
         })?;
         match end {
             End::Stopped(_) => return Ok(None),

@@ -73,9 +73,10 @@ pub fn study(args: &StudyArgs) -> Result<()> {
             (kind.unwrap_or(recorded.kind), merge(&recorded.study, &args.options)?, asked.over(&base)?)
         }
     };
+    let (base, tokenizer) = base.with_tokenizer()?;
     let plan = Plan::new(kind, &options, &base)?;
-    let Config { data, val_data, context, .. } = &plan.arms[0].config;
-    let corpus = Corpus::load(data, val_data, *context)?;
+    let Config { data, val_data, context, vocab, .. } = &plan.arms[0].config;
+    let corpus = Corpus::load(data, val_data, *context, &tokenizer)?.fits(*vocab)?;
     let settings = Settings {
         kind,
         data_sha256: corpus.sha256.clone(),
@@ -110,6 +111,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         directory: &directory,
         plan: &plan,
         corpus: &corpus,
+        tokenizer: &tokenizer,
         jobs,
         threads,
         keep_checkpoints: args.keep_checkpoints,
