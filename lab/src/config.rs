@@ -573,8 +573,7 @@ impl Config {
         let mut asked = asked.over(&base)?;
         let method = *asked.model.method.get_or_insert(self.method);
         let config = asked.resolve()?;
-        let (mut ours, now) = (table(self)?, table(&config)?);
-        ours.retain(|key, _| key != "context");
+        let (ours, now) = (table(self)?, table(&config)?);
         for key in FROM_CHECKPOINT.iter().chain(&SHAPE) {
             if ours.get(*key) != now.get(*key) {
                 let show =
