@@ -1,16 +1,17 @@
 //! Dense tensors: a shape, a device and a shared, contiguous, row-major buffer.
 //!
-//! There are no strides and no general broadcasting. A transpose is a flag of the matrix product ([`Tensor::t`]), heads are
-//! split by index arithmetic inside attention, and every other op reads a tensor as rows of its last axis. A tensor is
-//! cheap to clone; writing to a shared one copies it first. Derivatives live in [`crate::autograd`], not here.
+//! There are no strides, no general broadcasting, and of views only the beginning of a tensor ([`Tensor::prefix`]). A
+//! transpose is a flag of the matrix product ([`Tensor::t`]), heads are split by index arithmetic inside attention, and every
+//! other op reads a tensor as rows of its last axis. A tensor is cheap to clone; writing to a shared one copies it first.
+//! Derivatives live in [`crate::autograd`], not here.
 
 mod backend;
 mod cpu;
 mod scalar;
 mod shape;
 
-pub(crate) use backend::{items_per_task, product_shape};
 pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
+pub(crate) use backend::{items_per_task, product_shape};
 pub use cpu::Cpu;
 pub use scalar::Scalar;
 pub use shape::Shape;
@@ -115,7 +116,9 @@ impl<B: Backend> Tensor<B> {
 
     /// The elements on the host, row-major.
     pub fn to_vec(&self) -> Vec<B::Elem> {
-        self.device.download(&self.buffer)
+        let mut values = self.device.download(&self.buffer);
+        values.truncate(self.len()); // the buffer of a prefix is longer
+        values
     }
 
     /// The elements on the host as f64, row-major.
@@ -147,6 +150,19 @@ impl<B: Backend> Tensor<B> {
             self.len(),
             shape.len()
         );
+        Self { shape, ..self.clone() }
+    }
+
+    /// As many of the first elements as `shape` holds, without a copy: the buffer stays the longer one, of which ops read what
+    /// the shape says. So a tensor that grows in place can be read, as long as it is there; a write copies the buffer whole.
+    ///
+    /// # Panics
+    /// If there are fewer elements.
+    #[track_caller]
+    pub fn prefix(&self, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        let held = self.len();
+        assert!(shape.len() <= held, "prefix: {} holds {held} elements, {shape} more", self.shape);
         Self { shape, ..self.clone() }
     }
 

@@ -29,6 +29,34 @@ fn writing_to_a_clone_leaves_the_original() {
 }
 
 #[test]
+fn a_prefix_is_read_as_a_tensor_of_its_own() {
+    let cpu = Cpu::<f32>::default();
+    for [rows, longer] in [[3, 7], [700, 2_000]] {
+        let mut x = Tensor::from_fn(&cpu, [1, longer * 24], |i| (i % 31) as f32 - 15.0); // [1, longer·24]
+        let first = x.prefix([rows, 24]); // [rows, 24]
+        assert_eq!(x.buffer().as_ptr(), first.buffer().as_ptr(), "a prefix is free");
+        let copy = Tensor::from_vec(&cpu, [rows, 24], x.to_vec()[..rows * 24].to_vec()); // [rows, 24]
+        assert_eq!(bits(&first), bits(&copy));
+        assert_eq!((first.norm(), Cpu::sum(&first)), (copy.norm(), Cpu::sum(&copy)));
+        assert_eq!(bits(&first.add(&copy)), bits(&copy.scale(2.0)));
+        assert_eq!(bits(&first.matmul(first.t())), bits(&copy.matmul(copy.t())));
+        // written to, the longer one leaves the prefix as it was; alone again, it is written in place
+        x.buffer_mut()[0] = 99.0;
+        assert_eq!(bits(&first), bits(&copy));
+        let address = x.buffer().as_ptr();
+        drop(x.prefix([rows, 24]));
+        x.buffer_mut()[0] = 98.0;
+        assert_eq!(x.buffer().as_ptr(), address);
+    }
+}
+
+#[test]
+#[should_panic(expected = "prefix: [2, 3] holds 6 elements, [7] more")]
+fn a_prefix_is_not_longer() {
+    Tensor::zeros(&Cpu::<f32>::default(), [2, 3]).prefix([7]);
+}
+
+#[test]
 fn axpby_with_beta_zero_does_not_read() {
     let x = Tensor::full(&Cpu::<f64>::default(), [4], 3.0); // [4]
     let mut y = Tensor::full(&Cpu::<f64>::default(), [4], f64::NAN); // [4]

@@ -9,9 +9,11 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{ModelOptions, Overrides};
+use crate::config::{ModelOptions, Overrides, Preset};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, cannot};
+use crate::generate::Sampling;
+use crate::model::Weights;
 use crate::study::{Kind, StudyOptions};
 
 /// Train, evaluate, sample and inspect native low-rank language models.
@@ -36,8 +38,8 @@ pub enum Command {
     Train(Box<TrainArgs>), // boxed: several times the size of the others
     /// Validation loss of a checkpoint
     Eval(EvalArgs),
-    /// Continue a prompt with text sampled from a checkpoint
-    Generate(GenerateArgs),
+    /// Continue prompts with text sampled from a checkpoint
+    Generate(Box<GenerateArgs>),
     /// Rank and spectra of a checkpoint's factor pairs
     ///
     /// Per pair: shape, rank, σ(A), σ(B), σ(W), stable rank, and the gauge imbalance ‖AᵀA − BᵀB‖; ρ, ‖ΔW‖/‖W‖, ‖ΔW‖/η and
@@ -129,14 +131,31 @@ pub struct EvalArgs {
 /// Flags of `generate`.
 #[derive(Args, Debug)]
 #[command(allow_negative_numbers = true)] // as above
-#[command(after_help = "Example: rankgrad generate runs/spectron-tiny-001 --prompt 'fn main() {' --top-k 40")]
+#[command(after_help = "\
+Text appears as it is sampled. Several prompts are continued side by side, each as it would be by itself, and shown one after \
+the other.
+
+The model looks back on at most as many tokens as its context. A longer text is seen through a window that moves by half a \
+context whenever it is full: each token is predicted from between half a context and a whole one.
+
+Examples:
+  rankgrad generate runs/spectron-tiny-001 --prompt 'fn main() {' --top-k 40
+  rankgrad generate runs/spectron-tiny-001 --prompt 'fn ' --prompt 'struct ' --top-p 0.9 --stop '\\n\\n'
+  rankgrad generate runs/spectron-tiny-001 --interactive --repetition-penalty 1.2
+  rankgrad generate --bench --preset mid")]
 pub struct GenerateArgs {
-    #[arg(help = CHECKPOINT)]
-    pub checkpoint: PathBuf,
-    /// Text to continue, UTF-8 and not empty
-    #[arg(long, default_value = "\n")]
-    pub prompt: OsString,
-    /// Tokens (bytes) to add
+    #[arg(help = CHECKPOINT, required_unless_present = "bench")]
+    pub checkpoint: Option<PathBuf>,
+    /// Text to continue, UTF-8 and not empty; may be given several times [default: a line break]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["interactive", "bench"])]
+    pub prompt: Vec<OsString>,
+    /// A file of prompts, one a line; empty lines are skipped
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["interactive", "bench"])]
+    pub prompts: Option<PathBuf>,
+    /// Continue each line of standard input, after all that was said before; an empty line ends it
+    #[arg(long, conflicts_with_all = ["json", "bench"])]
+    pub interactive: bool,
+    /// Tokens (bytes) to add, at most
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
     /// Divides the logits: 0 = always the likeliest token, 1 = the model's own distribution
@@ -145,38 +164,131 @@ pub struct GenerateArgs {
     /// Sample among this many likeliest tokens only [default: all]
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
+    /// Sample among the fewest likeliest tokens whose probabilities add up to P, in (0, 1]
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Divides the logits, if positive, of tokens that the model looks back on, and multiplies negative ones; 1 = none
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// End the text before this string; \n is a line break, \t a tab, \\ a backslash. May be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Seed of the sampling: the same seed gives the same text
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Multiply with the products of all factor pairs [default: with whatever of a pair has fewer numbers]
+    #[arg(long, conflicts_with = "factored")]
+    pub merged: bool,
+    /// Multiply with the factors of all pairs
+    #[arg(long)]
+    pub factored: bool,
+    /// Worker threads; 0 = all cores
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Print one JSON object per prompt, once all are done: prompt, text, tokens, stopped; with --bench one for all
+    #[arg(long)]
+    pub json: bool,
+    /// Print tokens per second and memory, factored and merged, instead of text
+    #[arg(long)]
+    pub bench: bool,
+    /// With --bench: an untrained model of these sizes in place of a checkpoint [default: tiny]
+    #[arg(long, requires = "bench", conflicts_with = "checkpoint")]
+    pub preset: Option<Preset>,
+    /// With --bench and without a checkpoint: as in `train`
+    #[arg(long, requires = "bench", conflicts_with = "checkpoint")]
+    pub rank_ratio: Option<f64>,
     #[command(flatten)]
     pub on: DeviceOption,
 }
 
 impl GenerateArgs {
-    /// The prompt, once all values are known to be usable.
+    /// How to sample.
     ///
     /// # Errors
-    /// An empty or non-UTF-8 prompt, no tokens, a negative or non-finite temperature, a top-k of 0.
-    pub fn checked_prompt(&self) -> Result<&str> {
+    /// A value that nothing can be sampled with, or an empty stop string.
+    pub fn sampling(&self) -> Result<Sampling> {
         let fail = |message: String| Err(Error::new(message));
         if self.tokens == 0 {
             return fail("--tokens is 0: it must be at least 1".into());
         }
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return fail(format!(
-                "--temperature is {}: it must be finite and not negative",
-                self.temperature
-            ));
+        let Self { temperature, top_p, repetition_penalty, .. } = *self;
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            return fail(format!("--temperature is {temperature}: it must be finite and not negative"));
         }
         if self.top_k == Some(0) {
             return fail("--top-k is 0: it must be at least 1, or left out for all tokens".into());
         }
-        match self.prompt.to_str() {
-            Some("") => fail("--prompt is empty: give at least one character to continue".into()),
-            Some(prompt) => Ok(prompt),
-            None => fail(format!("--prompt is not UTF-8: {}", self.prompt.to_string_lossy())),
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return fail(format!(
+                "--top-p is {top_p}: it must be above 0 and at most 1, which is all tokens"
+            ));
+        }
+        if !(repetition_penalty.is_finite() && repetition_penalty > 0.0) {
+            return fail(format!(
+                "--repetition-penalty is {repetition_penalty}: it must be finite and positive; 1 is none, 1.2 is usual"
+            ));
+        }
+        let stop = self.stop.iter().map(|text| unescaped(text)).collect::<Result<Vec<String>>>()?;
+        let (tokens, top_k, seed) = (self.tokens, self.top_k, self.seed);
+        Ok(Sampling { tokens, temperature, top_k, top_p, repetition_penalty, stop, seed })
+    }
+
+    /// The prompts, at least one.
+    ///
+    /// # Errors
+    /// An empty or non-UTF-8 prompt; a file that cannot be read or has none.
+    pub fn prompts(&self) -> Result<Vec<String>> {
+        let fail = |message: String| Err(Error::new(message));
+        let mut prompts = Vec::new();
+        for prompt in &self.prompt {
+            match prompt.to_str() {
+                Some("") => return fail("--prompt is empty: give at least one character to continue".into()),
+                Some(prompt) => prompts.push(prompt.to_owned()),
+                None => return fail(format!("--prompt is not UTF-8: {}", prompt.to_string_lossy())),
+            }
+        }
+        if let Some(path) = &self.prompts {
+            let text = std::fs::read_to_string(path).map_err(cannot("read prompts from", path))?;
+            let before = prompts.len();
+            prompts.extend(text.lines().filter(|line| !line.is_empty()).map(str::to_owned));
+            if prompts.len() == before {
+                return fail(format!("{} has no prompt: write one a line", path.display()));
+            }
+        }
+        if prompts.is_empty() {
+            prompts.push("\n".into());
+        }
+        Ok(prompts)
+    }
+
+    /// What --merged and --factored say.
+    pub fn weights(&self) -> Weights {
+        match (self.merged, self.factored) {
+            (true, _) => Weights::Merged,
+            (_, true) => Weights::Factored,
+            _ => Weights::Fewer,
         }
     }
+}
+
+/// The text of `--stop`.
+fn unescaped(text: &str) -> Result<String> {
+    let mut out = String::new();
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        let meant = match (c, if c == '\\' { chars.next() } else { None }) {
+            ('\\', Some('n')) => '\n',
+            ('\\', Some('t')) => '\t',
+            ('\\', Some('\\')) => '\\',
+            ('\\', _) => {
+                let rule = "after a backslash comes n, t or another backslash";
+                return Err(Error::new(format!("--stop {text}: {rule}")));
+            }
+            (c, _) => c,
+        };
+        out.push(meant);
+    }
+    if out.is_empty() { Err(Error::new("--stop is empty: every text ends before that")) } else { Ok(out) }
 }
 
 /// Flags of `inspect`.
@@ -372,28 +484,61 @@ mod tests {
 
     #[test]
     fn unusable_prompts_and_sampling_values_are_refused() {
-        let args = |prompt: &str| GenerateArgs {
-            checkpoint: "c".into(),
-            prompt: prompt.into(),
-            tokens: 1,
-            temperature: 1.0,
-            top_k: None,
-            seed: 0,
-            on: DeviceOption { device: Device::Cpu },
+        let args = |flags: &[&str]| {
+            let words = ["rankgrad", "generate", "c"].iter().chain(flags);
+            match Cli::try_parse_from(words).map(|c| c.command) {
+                Ok(Command::Generate(args)) => args,
+                other => panic!("{other:?}"),
+            }
         };
-        let refused = |args: GenerateArgs| args.checked_prompt().unwrap_err().to_string();
-        assert_eq!(args("a").checked_prompt().unwrap(), "a");
-        assert!(refused(args("")).contains("--prompt is empty"));
-        assert!(refused(GenerateArgs { tokens: 0, ..args("a") }).contains("--tokens is 0"));
-        assert!(
-            refused(GenerateArgs { temperature: f64::NAN, ..args("a") }).contains("--temperature is NaN")
-        );
-        assert!(refused(GenerateArgs { top_k: Some(0), ..args("a") }).contains("--top-k is 0"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &[u8]| {
+            std::fs::write(dir.path().join(name), text).unwrap();
+            dir.path().join(name).to_str().unwrap().to_owned()
+        };
+        let lines = file("lines", b"one\r\n\ntwo");
+        let given = args(&["--prompt", "a", "--prompts", &lines, "--prompt", "b"]);
+        assert_eq!(given.prompts().unwrap(), ["a", "b", "one", "two"]);
+        assert_eq!(args(&[]).prompts().unwrap(), ["\n"]);
+        let stop = args(&["--stop", "a\\nb\\\\n", "--stop", "é"]).sampling().unwrap().stop;
+        assert_eq!(stop, ["a\nb\\n", "é"]);
+        for (flags, says) in [
+            (["--tokens", "0"], "--tokens is 0"),
+            (["--temperature", "NaN"], "--temperature is NaN"),
+            (["--temperature", "-1"], "--temperature is -1"),
+            (["--top-k", "0"], "--top-k is 0"),
+            (["--top-p", "0"], "--top-p is 0: it must be above 0"),
+            (["--top-p", "1.5"], "--top-p is 1.5"),
+            (["--top-p", "nan"], "--top-p is NaN"),
+            (["--repetition-penalty", "0"], "--repetition-penalty is 0"),
+            (["--repetition-penalty", "inf"], "--repetition-penalty is inf"),
+            (["--stop", ""], "--stop is empty"),
+            (["--stop", "\\x"], "--stop \\x: after a backslash"),
+            (["--prompt", ""], "--prompt is empty"),
+            (["--prompts", "/no/such"], "cannot read prompts from /no/such"),
+            (["--prompts", &file("empty", b"\n\n")], "has no prompt"),
+            (["--prompts", &file("bytes", b"a\xff")], "UTF-8"),
+        ] {
+            let args = args(&flags);
+            let error = args.sampling().map(|_| ()).and_then(|()| args.prompts().map(|_| ())).unwrap_err();
+            assert!(error.to_string().contains(says), "{flags:?}: {error}");
+        }
+        for (line, says) in [
+            ("generate", "<CHECKPOINT>"),
+            ("generate c --preset mid", "--bench"),
+            ("generate c --bench --preset mid", "cannot be used with"),
+            ("generate c --merged --factored", "cannot be used with"),
+            ("generate c --interactive --prompt a", "cannot be used with"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(says), "{line}: {error}");
+        }
         #[cfg(unix)]
         {
             use std::os::unix::ffi::OsStringExt;
-            let prompt = OsString::from_vec(vec![b'a', 0xff]);
-            assert!(refused(GenerateArgs { prompt, ..args("") }).contains("not UTF-8: a\u{fffd}"));
+            let mut args = args(&[]);
+            args.prompt = vec![OsString::from_vec(vec![b'a', 0xff])];
+            assert!(args.prompts().unwrap_err().to_string().contains("not UTF-8: a\u{fffd}"));
         }
     }
 }

@@ -67,16 +67,23 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Prints a line of results to standard output. A reader that has gone (`| head`) is no error; a full disk is.
-pub fn say(line: std::fmt::Arguments) {
+/// Prints part of a line of results to standard output, at once; returns false if its reader has gone (`| head`), which is no
+/// error. A full disk is.
+pub fn tell(part: std::fmt::Arguments) -> bool {
     let mut out = std::io::stdout().lock();
-    match writeln!(out, "{line}").and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+    match out.write_fmt(part).and_then(|()| out.flush()) {
+        Ok(()) => true,
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => false,
+        Err(e) => {
             eprintln!("error: cannot write to standard output: {e}");
             std::process::exit(1);
         }
-        _ => {}
     }
+}
+
+/// [`tell`]s a whole line.
+pub fn say(line: std::fmt::Arguments) {
+    tell(format_args!("{line}\n"));
 }
 
 /// As `println!`, through [`say`].

@@ -1,110 +1,164 @@
 //! `generate`: text sampled from a model, one token at a time.
 //!
-//! Each token is predicted from the last `context` tokens, computed anew. Not here: a key/value cache.
+//! Reading order: generate/text (text and tokens), generate/sampling (which token), generate/sequence (windows and caches),
+//! generate/bench. Here: the command. Not here: the model's part, model/decode.rs.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+mod bench;
+mod sampling;
+mod sequence;
+mod text;
+
+use std::io::{BufRead, IsTerminal};
+
 use rankgrad::lowrank::Params;
 use rankgrad::tensor::Backend;
+use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::GenerateArgs;
-use crate::config::Config;
+use crate::config::{ModelOptions, Overrides};
 use crate::device::{self, on_device};
-use crate::error::Result;
+use crate::error::{Error, Result, tell};
 use crate::model::Model;
 use crate::trainer::load_model;
 
-/// How tokens are drawn.
-pub struct Sampling {
-    /// How many.
-    pub tokens: usize,
-    /// Divides the logits; 0 takes the likeliest.
-    pub temperature: f64,
-    /// Only this many likeliest tokens count.
-    pub top_k: Option<usize>,
-    pub seed: u64,
-}
+pub use sampling::Sampling;
+use sequence::{Continuation, Sequence, continue_all};
 
-/// Continues a prompt with a checkpoint's model.
+/// Continues prompts with a checkpoint's model, or times it.
 ///
 /// # Errors
-/// Unusable flags, or a checkpoint that cannot be read.
+/// Unusable flags or prompts, or a checkpoint that cannot be read.
 pub fn generate(args: &GenerateArgs) -> Result<()> {
-    let prompt = args.checked_prompt()?;
-    let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
-    let config = checkpoint.meta.config.clone();
-    let sampling =
-        Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
-    let text = on_device!(device::open(args.on.device)?, |device| {
-        let (model, params) = load_model(&device, checkpoint)?;
-        crate::pool(0)?.install(|| sample(&model, &params, &config, prompt.as_bytes(), &sampling))
-    });
-    crate::say!("{prompt}{}", String::from_utf8_lossy(&text));
-    Ok(())
+    let sampling = args.sampling()?;
+    let prompts = args.prompts()?;
+    let checkpoint = match &args.checkpoint {
+        Some(path) => Some(Checkpoint::load(&checkpoint::find(path)?)?),
+        None => None, // --bench, of a model that nobody trained
+    };
+    on_device!(device::open(args.on.device)?, |device| {
+        let (model, params) = match checkpoint {
+            Some(checkpoint) => load_model(&device, checkpoint)?,
+            None => Model::new(&device, &untrained(args)?),
+        };
+        if args.factored && params.values.pairs.is_empty() {
+            return Err(Error::new("--factored: this model has no factor pairs; leave it out"));
+        }
+        crate::pool(args.threads)?.install(|| {
+            if args.bench {
+                bench::bench(&model, &params, args.weights(), args.tokens, args.json);
+                return Ok(());
+            }
+            let (model, params) = {
+                let whole = (model, params); // given back once what is shared of it is
+                whole.0.for_decoding(&whole.1, args.weights())
+            };
+            if args.interactive {
+                converse(&model, &params, &sampling)
+            } else {
+                continue_prompts(&model, &params, &prompts, &sampling, args.json);
+                Ok(())
+            }
+        })
+    })
 }
 
-/// The bytes that the model adds to `prompt`, which must not be empty.
+/// The configuration of `--bench` without a checkpoint.
+fn untrained(args: &GenerateArgs) -> Result<crate::config::Config> {
+    let model = ModelOptions { preset: args.preset, rank_ratio: args.rank_ratio, ..ModelOptions::default() };
+    Overrides { model, ..Overrides::default() }.resolve()
+}
+
+/// The text that the model adds to `prompt`, which must not be empty.
 pub fn sample<B: Backend<Elem = f32>>(
     model: &Model<B>,
     params: &Params<B>,
-    config: &Config,
-    prompt: &[u8],
+    prompt: &str,
     how: &Sampling,
-) -> Vec<u8> {
-    let mut rng = ChaCha8Rng::seed_from_u64(how.seed);
-    let mut tokens: Vec<u32> = prompt.iter().map(|&b| u32::from(b)).collect();
-    for _ in 0..how.tokens {
-        let seen = &tokens[tokens.len().saturating_sub(config.context)..];
-        let logits = model.predict(params, seen, 1).to_vec(); // [T, v]
-        let last = &logits[logits.len() - config.vocab..]; // [v]
-        // ids above 255 are no bytes; a byte-level model never saw them
-        tokens.push(draw(&last[..256], how, &mut rng));
-    }
-    tokens[prompt.len()..].iter().map(|&t| t as u8).collect()
+) -> String {
+    let mut sequence = [Sequence::new(model, params, text::encode(prompt), how.seed)];
+    continue_all(model, params, &mut sequence, how, |_, _, _| true).remove(0).text
 }
 
-/// One token from its logits.
-fn draw(logits: &[f32], how: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
-    if how.temperature == 0.0 {
-        return order[0];
-    }
-    order.truncate(how.top_k.unwrap_or(order.len()));
-    let top = f64::from(logits[order[0] as usize]);
-    let weight = |&id: &u32| ((f64::from(logits[id as usize]) - top) / how.temperature).exp();
-    let total: f64 = order.iter().map(weight).sum();
-    let mut left = total * (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64; // uniform in [0, total)
-    for id in &order {
-        left -= weight(id);
-        if left < 0.0 {
-            return *id;
-        }
-    }
-    order[order.len() - 1] // rounding used the sum up
+/// One line of `--json`.
+#[derive(Serialize)]
+struct Line<'a> {
+    prompt: &'a str,
+    text: &'a str,
+    /// Number of those added, one that only a stop string had included.
+    tokens: usize,
+    /// Whether a stop string ended it.
+    stopped: bool,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn draws_follow_temperature_and_top_k() {
-        let logits = [0.0f32, 2.0, 1.0, -1.0];
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let how = |temperature, top_k| Sampling { tokens: 1, temperature, top_k, seed: 0 };
-        assert!((0..50).all(|_| draw(&logits, &how(0.0, None), &mut rng) == 1));
-        assert!((0..50).all(|_| draw(&logits, &how(5.0, Some(1)), &mut rng) == 1));
-        let mut counts = [0.0; 4];
-        for _ in 0..20_000 {
-            counts[draw(&logits, &how(2.0, Some(3)), &mut rng) as usize] += 1.0 / 20_000.0;
+/// Prints each prompt with its continuation, as it comes: that of the first one that is not over; of later ones when it is their turn.
+fn continue_prompts<B: Backend<Elem = f32>>(
+    model: &Model<B>,
+    params: &Params<B>,
+    prompts: &[String],
+    how: &Sampling,
+    json: bool,
+) {
+    let start = |prompt: &String| Sequence::new(model, params, text::encode(prompt), how.seed);
+    let mut sequences: Vec<Sequence<B>> = prompts.iter().map(start).collect();
+    if json {
+        let all = continue_all(model, params, &mut sequences, how, |_, _, _| true);
+        for (prompt, Continuation { text, tokens, stopped }) in prompts.iter().zip(&all) {
+            let line = Line { prompt, text, tokens: *tokens, stopped: *stopped };
+            crate::say!("{}", serde_json::to_string(&line).expect("plain values"));
         }
-        let weights = [0.0f64, 1.0, 0.5].map(f64::exp);
-        let total: f64 = weights.iter().sum();
-        for (count, weight) in counts.iter().zip(weights) {
-            assert!((count - weight / total).abs() < 0.015, "{counts:?}"); // 4 standard deviations
-        }
-        assert_eq!(counts[3], 0.0);
+        return;
     }
+    let head = |i: usize| match prompts {
+        [prompt] => prompt.clone(),
+        _ => format!("--- {} of {} ---\n{}", i + 1, prompts.len(), prompts[i]),
+    };
+    let mut waiting: Vec<(String, bool)> = (0..prompts.len()).map(|i| (head(i), false)).collect();
+    let mut turn = 0;
+    tell(format_args!("{}", std::mem::take(&mut waiting[0].0)));
+    continue_all(model, params, &mut sequences, how, |i, text, over| {
+        waiting[i].0 += text;
+        waiting[i].1 |= over;
+        let mut there = true;
+        while let Some((text, over)) = waiting.get_mut(turn) {
+            there &= tell(format_args!("{}{}", std::mem::take(text), if *over { "\n" } else { "" }));
+            if !*over {
+                break;
+            }
+            turn += 1;
+        }
+        there
+    });
+}
+
+/// Continues lines from standard input, each after all that was said before, until an empty one or the end.
+fn converse<B: Backend<Elem = f32>>(model: &Model<B>, params: &Params<B>, how: &Sampling) -> Result<()> {
+    let input = std::io::stdin();
+    let person = input.is_terminal();
+    if person {
+        eprintln!("A line is continued from what was said so far; an empty one ends the conversation.");
+    }
+    let mut conversation = [Sequence::new(model, params, Vec::new(), how.seed)];
+    for line in input.lock().lines() {
+        let line =
+            line.map_err(|e| Error::new(format!("cannot read a line of UTF-8 from standard input: {e}")))?;
+        if line.is_empty() {
+            break;
+        }
+        // lines stand below each other for the model, too
+        let tokens = &mut conversation[0].tokens;
+        let so_far = text::decode(tokens);
+        if !so_far.is_empty() && so_far.last() != Some(&b'\n') {
+            tokens.extend(text::encode("\n"));
+        }
+        tokens.extend(text::encode(&line));
+        let there = if person { true } else { tell(format_args!("{line}")) }; // a terminal shows what is typed
+        if !there {
+            break;
+        }
+        continue_all(model, params, &mut conversation, how, |_, text, over| {
+            tell(format_args!("{text}{}", if over { "\n" } else { "" }))
+        });
+    }
+    Ok(())
 }

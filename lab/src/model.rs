@@ -1,8 +1,13 @@
 //! The language model: a Llama-style decoder whose hidden matrices are factor pairs (or, one switch away, dense).
 //!
 //! Pre-norm RMSNorm, rotary positions, grouped-query causal attention, SwiGLU, no biases (Touvron et al. 2023,
-//! arXiv 2302.13971). Not here: how it is trained (trainer.rs) or sampled (generate.rs).
+//! arXiv 2302.13971). Token by token, with its keys and values kept: model/decode.rs. Not here: how it is trained (trainer.rs)
+//! or sampled (generate.rs).
 //! Letters: N tokens of a batch (sequences one after the other), T context, d width, f ffn, h head size, v vocabulary.
+
+mod decode;
+
+use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -13,6 +18,8 @@ use rankgrad::tensor::{Attention, Backend, Tensor};
 use crate::config::{Config, Init};
 use crate::guide;
 use crate::methods::{Matrices, entry};
+
+pub use decode::{Cache, Weights};
 
 pub const NORM_EPS: f64 = 1e-5;
 pub const ROPE_BASE: f64 = 10_000.0;
@@ -62,9 +69,10 @@ pub struct Model<B: Backend> {
     norm: Dense,
     /// The embedding again if the two are tied.
     head: Dense,
-    rope: Rope<B>,
+    rope: Arc<Rope<B>>,
     heads: usize,
     kv_heads: usize,
+    context: usize,
     /// Self-guided training: the weight of each guide in the next forward pass. Otherwise, and once they are dropped, empty.
     pub guides: Vec<f64>,
 }
@@ -136,9 +144,10 @@ impl<B: Backend> Model<B> {
         let blocks = (0..layers).map(block).collect();
         let norm = make.gain("norm");
         let head = if config.tie { embedding } else { make.table("head") };
-        let rope = Rope::new(device, context, dim / heads, ROPE_BASE); // [T, h]
+        let rope = Arc::new(Rope::new(device, context, dim / heads, ROPE_BASE)); // [T, h]
         let mut params = make.params;
-        let mut model = Self { embedding, blocks, norm, head, rope, heads, kv_heads, guides: Vec::new() };
+        let mut model =
+            Self { embedding, blocks, norm, head, rope, heads, kv_heads, context, guides: Vec::new() };
         model.guide_at(0, config, &mut params);
         (model, params)
     }
@@ -158,18 +167,36 @@ impl<B: Backend> Model<B> {
     pub fn logits<'t>(&self, w: &ParamVars<'t, B>, tokens: &[u32], batch: usize) -> Var<'t, B> {
         let len = tokens.len() / batch;
         let how = Attention { batch, heads: self.heads, kv_heads: self.kv_heads, causal: true };
+        let attend = |_, [q, k, v]: [Var<'t, B>; 3]| {
+            let (q, k) = (q.rope(&self.rope, len, 0), k.rope(&self.rope, len, 0)); // [N, heads·h], [N, kv_heads·h]
+            q.attention(k, v, how) // [N, heads·h]
+        };
+        self.logits_of(w, self.residual(w, tokens, attend)) // [N, v]
+    }
+
+    /// The residual stream behind the last block [N, d]. `attend(i, [q, k, v])`: what block i's attention finds, from its
+    /// queries and keys before their rotation, [N, heads·h], and [N, kv_heads·h] twice, to [N, heads·h].
+    fn residual<'t>(
+        &self,
+        w: &ParamVars<'t, B>,
+        tokens: &[u32],
+        mut attend: impl FnMut(usize, [Var<'t, B>; 3]) -> Var<'t, B>,
+    ) -> Var<'t, B> {
         let guides = &self.guides[..];
         let mut x = w[self.embedding].embedding(tokens); // [N, d]
-        for block in &self.blocks {
+        for (i, block) in self.blocks.iter().enumerate() {
             let h = x.rms_norm(w[block.attention_norm], NORM_EPS); // [N, d]
-            let q = block.q.apply(w, h, guides).rope(&self.rope, len, 0); // [N, heads·h]
-            let k = block.k.apply(w, h, guides).rope(&self.rope, len, 0); // [N, kv_heads·h]
-            let v = block.v.apply(w, h, guides); // [N, kv_heads·h]
-            x = x + block.o.apply(w, q.attention(k, v, how), guides); // [N, d]
+            let qkv = [block.q, block.k, block.v].map(|linear| linear.apply(w, h, guides)); // [N, heads·h], [N, kv_heads·h] × 2
+            x = x + block.o.apply(w, attend(i, qkv), guides); // [N, d]
             let h = x.rms_norm(w[block.ffn_norm], NORM_EPS); // [N, d]
             let f = block.gate.apply(w, h, guides).swiglu(block.up.apply(w, h, guides)); // [N, f]
             x = x + block.down.apply(w, f, guides); // [N, d]
         }
+        x
+    }
+
+    /// Logits [N, v] from the residual stream [N, d].
+    fn logits_of<'t>(&self, w: &ParamVars<'t, B>, x: Var<'t, B>) -> Var<'t, B> {
         x.rms_norm(w[self.norm], NORM_EPS).linear(w[self.head]) // [N, v]
     }
 

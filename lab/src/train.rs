@@ -267,10 +267,9 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         );
         crate::say!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
         if !quiet {
-            let sampling = Sampling { tokens: 300, temperature: 0.8, top_k: None, seed: config.seed };
-            let trainer = &self.trainer;
-            let text = sample(&trainer.model, &trainer.params, config, b"\n", &sampling);
-            crate::say!("--- a sample ---{}", String::from_utf8_lossy(&text));
+            let sampling = Sampling { seed: config.seed, ..Sampling::default() };
+            let text = sample(&self.trainer.model, &self.trainer.params, "\n", &sampling);
+            crate::say!("--- a sample ---{text}");
         }
         Ok(())
     }

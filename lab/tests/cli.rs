@@ -155,6 +155,56 @@ fn a_run_learns_and_its_files_say_so() {
     }
 }
 
+/// The same text alone, in a batch, streamed, as JSON, in a conversation; ended by a stop string; timed.
+#[test]
+fn text_is_generated_in_every_way() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 100");
+    let alone = |prompt: &str| desk.ok(&format!("generate run --prompt {prompt} --tokens 40 --top-p 0.9"));
+    let (seven, one) = (alone("7"), alone("1,"));
+    std::fs::write(desk.path("prompts"), "7\n\n1,\n").unwrap();
+    let both = desk.ok("generate run --prompts prompts --tokens 40 --top-p 0.9");
+    assert_eq!(both, format!("--- 1 of 2 ---\n{seven}--- 2 of 2 ---\n{one}"));
+    let lines = desk.ok("generate run --prompts prompts --tokens 40 --top-p 0.9 --json");
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let whole =
+        |line: &Value| format!("{}{}\n", line["prompt"].as_str().unwrap(), line["text"].as_str().unwrap());
+    assert_eq!([whole(&lines[0]), whole(&lines[1])], [seven.clone(), one]);
+    assert_eq!((lines[0]["tokens"].as_u64(), lines[0]["stopped"].as_bool()), (Some(40), Some(false)));
+
+    // two characters from the middle of what comes
+    let added = &seven[1..seven.len() - 1];
+    let stop: String = added.chars().skip(20).take(2).collect();
+    let mut command = desk.command("generate run --prompt 7 --tokens 40 --top-p 0.9 --stop");
+    let output = command.arg(&stop).output().unwrap();
+    let cut = &added[..added.find(&stop).unwrap()];
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("7{cut}\n"));
+
+    let talk = |input: &str| {
+        use std::io::Write;
+        use std::process::Stdio;
+        let mut command = desk.command("generate run --interactive --tokens 40 --top-p 0.9");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(talk("7\n"), seven);
+    let two = talk("7\n1,\n\nnot read\n");
+    assert!(two.starts_with(&seven) && two[seven.len()..].starts_with("1,"), "{two}");
+    assert_eq!(talk(""), "");
+
+    let table = desk.ok("generate run --bench --tokens 2");
+    assert!(table.contains("factored") && table.contains("merged") && table.contains("decode"), "{table}");
+    let bench: Value =
+        serde_json::from_str(&desk.ok("generate --bench --preset tiny --tokens 2 --json")).unwrap();
+    assert_eq!((bench["prompt_tokens"].as_u64(), bench["decoded_tokens"].as_u64()), (Some(32), Some(2)));
+    for row in bench["rows"].as_array().unwrap() {
+        assert!(row["decode_tokens_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
 /// A model under guidance is validated, inspected and sampled with its guides; at the end none is left.
 #[test]
 fn guides_come_and_go() {
@@ -458,6 +508,8 @@ fn bad_input_is_answered_by_name() {
         ("eval missing", "missing"),
         ("generate run --top-k 0", "--top-k is 0"),
         ("generate run --temperature -1", "--temperature is -1"),
+        ("generate run --top-p 2", "--top-p is 2"),
+        ("generate run --prompts nothing", "cannot read prompts from nothing"),
         ("inspect text", "truncated, damaged or not a safetensors file"),
     ] {
         let errors = desk.refused(line);

@@ -149,9 +149,10 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     };
     let [cpu, gpu] = ["cpu", "cuda"].map(loss);
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
-    // one's checkpoint on the other, to the same text
+    // one's checkpoint on the other, to the same texts
+    std::fs::write(desk.path("prompts"), "7\n12, 13").unwrap();
     let text = |run_of: &str, device: &str| {
-        run(&format!("generate {run_of} --tokens 8 --temperature 0 --device {device}"))
+        run(&format!("generate {run_of} --prompts prompts --tokens 24 --temperature 0 --device {device}"))
     };
     assert_eq!(text("cpu", "cuda"), text("cpu", "cpu"));
     let evaluation: serde_json::Value =

@@ -5,7 +5,7 @@
 //! Letters: tq, tk query and key lengths; h head size; S scores, P probabilities, O output, each for one block of one head.
 //! Parallel over (sequence, key/value head): the query heads of a group run in turn, so dK and dV are summed in a fixed order.
 
-use super::{Accum, Attention, Buffer, Cpu, Product, Scalar, Tensor, rows, simd};
+use super::{Accum, Attention, Buffer, Cpu, Product, Scalar, Tensor, gemv, rows, simd};
 use rayon::prelude::*;
 
 type Cpus<T> = Tensor<Cpu<T>>;
@@ -119,8 +119,50 @@ impl Sizes {
     }
 }
 
+/// x ← softmax(scale·x); returns the log-sum-exp.
+#[inline(always)]
+fn softmax<T: Scalar>(x: &mut [T], scale: T) -> T {
+    let top = rows::max(x);
+    for s in x.iter_mut() {
+        *s = ((*s - top) * scale).fast_exp();
+    }
+    let total = rows::sum(x, |p| p);
+    x.iter_mut().for_each(|p| *p /= total);
+    top * scale + total.ln()
+}
+
+/// [`attention`] of one query per sequence, which sees every key: K and V are read where they stand.
+fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cpus<T>; 2] {
+    let (h, stride, kv_heads) = (z.h, k.cols(), z.how.kv_heads);
+    let mut o = Tensor::scratch(q.device(), q.shape()); // [batch, heads·h]
+    let mut lse = Tensor::scratch(q.device(), [z.how.batch, z.how.heads, 1]); // [batch, heads, 1]
+    let (qs, ks, vs) = (whole(q, q), whole(k, k), whole(v, k));
+    let width = z.group * h; // the query heads of one key/value head
+    let outputs = o.buffer_mut().par_chunks_mut(width).zip(lse.buffer_mut().par_chunks_mut(z.group));
+    outputs.zip(qs.par_chunks(width)).enumerate().for_each(|(task, ((o, lse), q))| {
+        let first = task / kv_heads * z.tk * stride + task % kv_heads * h; // of this sequence and head
+        let mut p = Buffer::scratch(z.tk); // S, then P [1, tk]
+        simd(
+            #[inline(always)]
+            || {
+                let rows = |values| gemv::Matrix { values, stride, transposed: false };
+                let columns = |values| gemv::Matrix { values, stride, transposed: true };
+                for ((q, o), lse) in q.chunks_exact(h).zip(o.chunks_exact_mut(h)).zip(lse) {
+                    gemv::multiply([1, h], q, columns(&ks[first..]), 0, &mut p); // S = Q·Kᵀ
+                    *lse = softmax(&mut p, T::of(z.scale));
+                    gemv::multiply([1, z.tk], &p, rows(&vs[first..]), 0, o); // O = P·V
+                }
+            },
+        );
+    });
+    [o, lse]
+}
+
 pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: Attention) -> [Cpus<T>; 2] {
     let z = Sizes::new(q, k, how);
+    if z.tq == 1 {
+        return one_query(q, k, v, &z);
+    }
     let (h, scale) = (z.h, T::of(z.scale));
     let mut o = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
     let mut lse = Tensor::scratch(q.device(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
@@ -146,13 +188,7 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
                     || {
                         for (i, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
                             let (seen, hidden) = row.split_at_mut(z.keys_of(start + i));
-                            let top = rows::max(seen);
-                            for s in seen.iter_mut() {
-                                *s = ((*s - top) * scale).fast_exp();
-                            }
-                            let total = rows::sum(seen, |p| p);
-                            *lse = top * scale + total.ln();
-                            seen.iter_mut().for_each(|p| *p /= total);
+                            *lse = softmax(seen, scale);
                             hidden.fill(T::zero());
                         }
                     },
@@ -234,4 +270,44 @@ pub(super) fn attention_grad<T: Scalar>(
         }
     });
     [dq, dk, dv]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel for one query finds what the blocks find for the last of several.
+    #[test]
+    fn one_query_is_the_last_of_several() {
+        let cpu = Cpu::<f64>::default();
+        for (batch, heads, kv_heads, h, keys) in [(1, 4, 2, 16, 77), (3, 2, 2, 6, 1), (2, 6, 1, 33, 130)] {
+            let how = Attention { batch, heads, kv_heads, causal: true };
+            let draw = |rows: usize, cols: usize, seed: usize| {
+                Tensor::from_fn(&cpu, [rows, cols], |i| {
+                    (((i + seed) * 7919 % 1013) as f64 / 506.0 - 1.0) * 2.0
+                }) // [rows, cols]
+            };
+            let k = draw(batch * keys, kv_heads * h, 1); // [batch·keys, kv_heads·h]
+            let v = draw(batch * keys, kv_heads * h, 2); // [batch·keys, kv_heads·h]
+            let q = draw(batch, heads * h, 3); // [batch, heads·h]
+            let [o, lse] = attention(&q, &k, &v, how);
+            for b in 0..batch {
+                // the same query twice, as one alone would not go through the blocks
+                let row = &q.buffer()[b * heads * h..][..heads * h];
+                let twice = Tensor::from_vec(&cpu, [2, heads * h], [row, row].concat()); // [2, heads·h]
+                let of = |x: &Cpus<f64>| {
+                    let run = keys * kv_heads * h;
+                    Tensor::from_vec(&cpu, [keys, kv_heads * h], x.buffer()[b * run..][..run].to_vec()) // [keys, kv_heads·h]
+                };
+                let one = Attention { batch: 1, causal: false, ..how };
+                let [want, want_lse] = attention(&twice, &of(&k), &of(&v), one);
+                for j in 0..heads * h {
+                    assert!((o.buffer()[b * heads * h + j] - want.buffer()[heads * h + j]).abs() < 1e-13);
+                }
+                for j in 0..heads {
+                    assert!((lse.buffer()[b * heads + j] - want_lse.buffer()[2 * j + 1]).abs() < 1e-13);
+                }
+            }
+        }
+    }
 }

@@ -1,15 +1,19 @@
-//! Batches of matrix products, cut into one piece per thread.
+//! Batches of matrix products, cut into one piece per thread: tiles of sgemm.rs, or, of few rows, the kernels of gemv.rs.
 //!
 //! Each element of C is one sum over k in a fixed order, whichever rows or columns of C a call computes; so the cut cannot
 //! change a result. tests/threads.rs holds that to the bit.
 //! Letters: C (m×n) = A (m×k) · B (k×n).
 
-use super::{Accum, Cpu, Mat, Product, Scalar, Tensor};
+use super::{Accum, Buffer, Cpu, Mat, Product, Scalar, Tensor, gemv, simd};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Below this many multiply-adds, which take one thread about 30 µs, a second one is left alone: it takes about 5 µs to wake,
 /// and copies B for itself.
 const WORTH_SHARING: usize = 1 << 21;
+
+/// The same for products of few rows, in elements that are read: about 30 µs too.
+const WORTH_SHARING_READ: usize = 1 << 17;
 
 /// A matrix in memory: first element, row stride, column stride.
 #[derive(Clone, Copy)]
@@ -71,19 +75,35 @@ pub(super) fn gemm<T: Scalar>(
     if m * n == 0 {
         return;
     }
+    let few = !symmetric && few_rows(first, &b[0]).is_some();
+    let fits = |a: &Mat<Cpu<T>>, b: &Mat<Cpu<T>>, c: &Tensor<Cpu<T>>| {
+        assert!(
+            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
+            "gemm: {a} · {b} → {}: every product of a batch has one shape",
+            c.shape()
+        );
+    };
     let threads = rayon::current_num_threads();
+    if few {
+        let shared = threads > 1 && c.len() * k * m.max(n) >= WORTH_SHARING_READ;
+        let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
+        let one = |((a, b), c): ((&Mat<Cpu<T>>, &Mat<Cpu<T>>), &mut &mut Tensor<Cpu<T>>)| {
+            fits(a, b, c);
+            few_rows_product(a, b, c, accum, pieces);
+        };
+        if shared && c.len() > 1 {
+            a.par_iter().zip(b).zip(c).for_each(one);
+        } else {
+            a.iter().zip(b).zip(c).for_each(one);
+        }
+        return;
+    }
     let shared = threads > 1 && c.len() * m * k * n >= WORTH_SHARING;
     let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
 
     let mut tasks = Vec::with_capacity(c.len() * pieces);
     for ((a, b), c) in a.iter().zip(b).zip(c) {
-        assert!(
-            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
-            "gemm: {} · {} → {}: every product of a batch has one shape",
-            a,
-            b,
-            c.shape()
-        );
+        fits(a, b, c);
         let (a, b) = (raw(a), raw(b));
         let c = Raw { first: c.buffer_mut()[..m * n].as_mut_ptr(), row: n as isize, col: 1 };
         // the longer side of C is cut, in multiples of the microkernel's 16
@@ -114,6 +134,83 @@ pub(super) fn gemm<T: Scalar>(
     }
 }
 
+/// A product as Y = X·M with few rows of X, Y (m×n) and X (m×k): C = A·B itself, or Cᵀ = Bᵀ·Aᵀ, where C is one column.
+struct FewRows<'a, T: Scalar> {
+    sizes: [usize; 3],
+    x: Cow<'a, [T]>,
+    matrix: gemv::Matrix<'a, T>,
+}
+
+/// This product as one of few rows, if it is worth it (gemv.rs). A kind that adds up whole rows of M wants them longer than a few.
+fn few_rows<'a, T: Scalar>(a: &Mat<'a, Cpu<T>>, b: &Mat<'a, Cpu<T>>) -> Option<FewRows<'a, T>> {
+    const SHORT: usize = 8;
+    let ((m, k), n) = (a.sizes(), b.sizes().1);
+    let values = |mat: &Mat<'a, Cpu<T>>| &mat.tensor.buffer()[..mat.tensor.len()];
+    let matrix = |mat: &Mat<'a, Cpu<T>>, transposed: bool| gemv::Matrix {
+        values: values(mat),
+        stride: mat.tensor.cols(),
+        transposed,
+    };
+    if n == 1 && m > 1 {
+        let matrix = matrix(a, !a.transposed);
+        let worth = matrix.transposed || m >= SHORT;
+        return worth.then(|| FewRows { sizes: [1, k, m], x: Cow::Borrowed(values(b)), matrix });
+    }
+    // a single column is contiguous, whichever way it is looked at
+    let matrix = if n == 1 { gemv::Matrix { stride: k, ..matrix(b, true) } } else { matrix(b, b.transposed) };
+    if m > gemv::ROWS || !(matrix.transposed || n >= SHORT) {
+        return None;
+    }
+    let mut x = Cow::Borrowed(values(a)); // [m, k]
+    if a.transposed && m > 1 {
+        x = (0..m * k).map(|i| x[i % k * m + i / k]).collect();
+    }
+    Some(FewRows { sizes: [m, k, n], x, matrix })
+}
+
+/// C ← or += A·B, in as many pieces of columns as there are threads for it.
+fn few_rows_product<T: Scalar>(
+    a: &Mat<Cpu<T>>,
+    b: &Mat<Cpu<T>>,
+    c: &mut Tensor<Cpu<T>>,
+    accum: Accum,
+    pieces: usize,
+) {
+    let FewRows { sizes: [m, k, n], x, matrix } =
+        few_rows(a, b).expect("one shape, and so one kind, in a batch");
+    let step = n.div_ceil(pieces).next_multiple_of(16);
+    // Y piece by piece, each [m, columns]
+    let multiply = |y: &mut [T]| {
+        let run = |(piece, y): (usize, &mut [T])| {
+            simd(
+                #[inline(always)]
+                || gemv::multiply([m, k], &x, matrix, piece * step, y),
+            );
+        };
+        if pieces > 1 {
+            y.par_chunks_mut(step * m).enumerate().for_each(run);
+        } else {
+            run((0, y));
+        }
+    };
+    let c = &mut c.buffer_mut()[..m * n];
+    if m == 1 && accum == Accum::Replace {
+        return multiply(c);
+    }
+    let mut y = Buffer::scratch(m * n);
+    multiply(&mut y);
+    for (piece, y) in y.chunks(step * m).enumerate() {
+        let width = y.len() / m;
+        for (i, y) in y.chunks_exact(width).enumerate() {
+            let c = &mut c[i * n + piece * step..][..width];
+            match accum {
+                Accum::Replace => c.copy_from_slice(y),
+                Accum::Add => c.iter_mut().zip(y).for_each(|(c, &y)| *c += y),
+            }
+        }
+    }
+}
+
 pub(super) fn gemm_symmetric<T: Scalar>(a: &[Mat<Cpu<T>>], b: &[Mat<Cpu<T>>], c: &mut [&mut Tensor<Cpu<T>>]) {
     gemm(a, b, c, Accum::Replace, true);
     for c in c {
@@ -130,6 +227,69 @@ fn mirror<T: Scalar>(n: usize, c: &mut [T]) {
             for i in i0..n.min(i0 + BLOCK) {
                 for j in j0..i.min(j0 + BLOCK) {
                     c[j * n + i] = c[i * n + j];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Backend;
+
+    /// Few rows or one column, all transpositions, both ways to accumulate, shared out and not: against the sum in f64; and a
+    /// row by itself has the bits that it has among others.
+    #[test]
+    fn few_rows_agree_with_the_sum_in_f64_and_with_each_other() {
+        agree::<f32>();
+        agree::<f64>();
+    }
+
+    fn agree<T: Scalar>() {
+        let cpu = Cpu::<T>::default();
+        let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 7) % 2048) as f64 / 1024.0 - 1.0;
+        let sizes = [1, 2, 3, 4].into_iter().flat_map(|m| {
+            [0, 1, 3, 17, 130].into_iter().flat_map(move |k| [1, 7, 8, 37, 2100].map(|n| [m, k, n]))
+        });
+        let columns = [5, 9, 33, 2100].into_iter().flat_map(|m| [0, 1, 18, 131].map(|k| [m, k, 1]));
+        for (case, [m, k, n]) in sizes.chain(columns).enumerate() {
+            for variant in 0..8 {
+                let (ta, tb, add) = (variant & 1 == 1, variant & 2 == 2, variant & 4 == 4);
+                let draw = |shape: [usize; 2], t: bool, seed: usize| {
+                    let shape = if t { [shape[1], shape[0]] } else { shape };
+                    Tensor::from_fn(&cpu, shape, |i| T::of(value(i + seed + case))) // shape
+                };
+                let (a, b) = (draw([m, k], ta, 0), draw([k, n], tb, 12_345)); // [m, k], [k, n] or transposed
+                let start = draw([m, n], false, 54_321); // [m, n]
+                let (am, bm) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+                let accum = if add { Accum::Add } else { Accum::Replace };
+                let mut c = start.clone(); // [m, n]
+                Cpu::gemm(&[am], &[bm], &mut [&mut c], accum);
+                let (a, b, start, c) = (a.to_f64(), b.to_f64(), start.to_f64(), c.to_f64());
+                let at = |t: bool, [rows, cols]: [usize; 2], i: usize, j: usize| {
+                    if t { j * rows + i } else { i * cols + j }
+                };
+                for i in 0..m {
+                    for j in 0..n {
+                        let term = |p: usize| a[at(ta, [m, k], i, p)] * b[at(tb, [k, n], p, j)];
+                        let before = if add { start[i * n + j] } else { 0.0 };
+                        let want = before + (0..k).map(term).sum::<f64>();
+                        let size = 1.0 + (0..k).map(|p| term(p).abs()).sum::<f64>();
+                        // two roundings a term, each at most half an ulp of the sum of magnitudes
+                        let tolerance = (2 * k + 2) as f64 * T::epsilon().f64() * size;
+                        let got = c[i * n + j];
+                        assert!(
+                            (got - want).abs() <= tolerance,
+                            "{m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
+                        );
+                    }
+                }
+                if !ta && m > 1 && m <= gemv::ROWS && n >= 8 {
+                    let last = Tensor::from_fn(&cpu, [1, k], |p| T::of(a[(m - 1) * k + p])); // [1, k]
+                    let mut alone = Tensor::from_fn(&cpu, [1, n], |j| T::of(start[(m - 1) * n + j])); // [1, n]
+                    Cpu::gemm(&[(&last).into()], &[bm], &mut [&mut alone], accum);
+                    assert!(alone.to_f64() == c[(m - 1) * n..], "{m}×{k}×{n} {tb}: the last row alone");
                 }
             }
         }

@@ -6,6 +6,7 @@
 mod attention;
 mod buffer;
 mod gemm;
+mod gemv;
 mod ndarray;
 mod rows;
 mod sgemm;
@@ -127,11 +128,11 @@ impl<T: Scalar> Backend for Cpu<T> {
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
-        reduce(x.buffer(), |x| x)
+        reduce(&x.buffer()[..x.len()], |x| x)
     }
 
     fn norm(x: &Tensor<Self>) -> f64 {
-        let x = x.buffer();
+        let x = &x.buffer()[..x.len()];
         let squares = reduce(x, |x| x * x);
         // f64 squares of f32 values are always in range; those of f64 values may not be
         if (1e-200..1e200).contains(&squares) || squares.is_nan() {

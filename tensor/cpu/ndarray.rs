@@ -26,7 +26,8 @@ impl<T: Scalar> From<Tensor<Cpu<T>>> for ArrayD<T> {
     /// Takes the tensor's memory if nothing else shares it, else copies.
     fn from(tensor: Tensor<Cpu<T>>) -> Self {
         let shape = tensor.shape();
-        let values = std::sync::Arc::unwrap_or_clone(tensor.buffer).into_vec();
+        let mut values = std::sync::Arc::unwrap_or_clone(tensor.buffer).into_vec();
+        values.truncate(shape.len()); // the buffer of a prefix is longer
         ArrayD::from_shape_vec(shape.dims(), values).expect("a tensor's buffer has its shape's length")
     }
 }
@@ -34,7 +35,7 @@ impl<T: Scalar> From<Tensor<Cpu<T>>> for ArrayD<T> {
 impl<T: Scalar> Tensor<Cpu<T>> {
     /// The elements as an ndarray view, without a copy.
     pub fn view(&self) -> ArrayViewD<'_, T> {
-        ArrayViewD::from_shape(self.shape().dims(), self.buffer())
+        ArrayViewD::from_shape(self.shape().dims(), &self.buffer()[..self.len()])
             .expect("a tensor's buffer has its shape's length")
     }
 }

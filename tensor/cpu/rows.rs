@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 type Cpus<T> = Tensor<Cpu<T>>;
 
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Σ f(x).
 #[inline(always)]
@@ -45,7 +45,7 @@ pub(super) fn sum2<T: Scalar>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
 
 /// Adds the lanes pairwise.
 #[inline(always)]
-fn fold<T: Scalar>(mut lanes: [T; LANES]) -> T {
+pub(super) fn fold<T: Scalar>(mut lanes: [T; LANES]) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {

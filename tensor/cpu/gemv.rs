@@ -1,0 +1,107 @@
+//! Products of few rows with a matrix. Each takes as long as reading the matrix, so it is read once, in order, and never
+//! copied, as the tiles of sgemm.rs would do.
+//!
+//! Each element of Y is one sum over k in an order that depends on k alone: not on the other rows or columns that a call
+//! computes, so neither the cut among threads nor the company of other rows changes a bit.
+//! Letters: Y (m×n) = X (m×k) · M (k×n); i, p, j run over m, k, n.
+
+use super::{Scalar, rows};
+use rows::LANES;
+
+/// Rows of X up to which this beats the tiles: each costs a pass over what was read.
+pub(super) const ROWS: usize = 4;
+
+/// Columns of Y that stay in the first-level cache while the rows of M pass by.
+const BLOCK: usize = 2048;
+
+/// M in memory, its rows `stride` elements apart.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a, T> {
+    pub values: &'a [T],
+    pub stride: usize,
+    /// n rows of k elements instead of k rows of n.
+    pub transposed: bool,
+}
+
+/// Y [m, w] ← columns `start..start + w` of X [m, k] · M, with m·w elements in `y`. To be called in `simd`.
+#[inline(always)]
+pub(super) fn multiply<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, start: usize, y: &mut [T]) {
+    if k == 0 {
+        y.fill(T::zero());
+    } else if matrix.transposed {
+        dots([m, k], x, &matrix.values[start * matrix.stride..], matrix.stride, y);
+    } else {
+        weighted_rows([m, k], x, &matrix.values[start..], matrix.stride, y);
+    }
+}
+
+/// y[i, j] = Σ x[i, p]·b[j, p]: four rows of b at a time, to have enough sums under way.
+#[inline(always)]
+fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize, y: &mut [T]) {
+    let w = y.len() / m;
+    let row = |j: usize| &b[j * stride..][..k];
+    let whole = w - w % 4;
+    for j in (0..whole).step_by(4) {
+        let rows = [row(j), row(j + 1), row(j + 2), row(j + 3)];
+        for (i, x) in x.chunks_exact(k).take(m).enumerate() {
+            y[i * w + j..][..4].copy_from_slice(&dot(x, rows));
+        }
+    }
+    for j in whole..w {
+        for (i, x) in x.chunks_exact(k).take(m).enumerate() {
+            y[i * w + j] = dot(x, [row(j)])[0];
+        }
+    }
+}
+
+/// The products of x with each of some rows as long.
+#[inline(always)]
+fn dot<T: Scalar, const R: usize>(x: &[T], rows: [&[T]; R]) -> [T; R] {
+    let mut sums = [[T::zero(); LANES]; R];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    let chunks = rows.map(|row| row.as_chunks::<LANES>());
+    assert!(rows.iter().all(|row| row.len() == x.len()));
+    for (p, x) in whole.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(&chunks) {
+            for ((sum, &x), &b) in sums.iter_mut().zip(x).zip(&row.0[p]) {
+                *sum += x * b;
+            }
+        }
+    }
+    for (sums, row) in sums.iter_mut().zip(&chunks) {
+        for ((sum, &x), &b) in sums.iter_mut().zip(rest).zip(row.1) {
+            *sum += x * b;
+        }
+    }
+    sums.map(rows::fold)
+}
+
+/// y[i, j] = Σ x[i, p]·b[p, j]: four rows of b at a time, to write y a quarter as often.
+#[inline(always)]
+fn weighted_rows<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize, y: &mut [T]) {
+    let w = y.len() / m;
+    y.fill(T::zero());
+    let whole = k - k % 4;
+    for start in (0..w).step_by(BLOCK) {
+        let width = BLOCK.min(w - start);
+        let row = |p: usize| &b[p * stride + start..][..width];
+        for p in (0..whole).step_by(4) {
+            let rows = [row(p), row(p + 1), row(p + 2), row(p + 3)];
+            for (i, x) in x.chunks_exact(k).take(m).enumerate() {
+                let x: [T; 4] = std::array::from_fn(|q| x[p + q]);
+                let pairs = rows[0].iter().zip(rows[1]).zip(rows[2].iter().zip(rows[3]));
+                let y = &mut y[i * w + start..][..width];
+                for (y, ((&b0, &b1), (&b2, &b3))) in y.iter_mut().zip(pairs) {
+                    *y = *y + x[0] * b0 + x[1] * b1 + x[2] * b2 + x[3] * b3;
+                }
+            }
+        }
+        for p in whole..k {
+            for (i, x) in x.chunks_exact(k).take(m).enumerate() {
+                for (y, &b) in y[i * w + start..][..width].iter_mut().zip(row(p)) {
+                    *y += x[p] * b;
+                }
+            }
+        }
+    }
+}
