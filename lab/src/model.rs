@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use rankgrad::autograd::{Rope, Tape, Var};
+use rankgrad::autograd::{Rope, Var};
 use rankgrad::lowrank::{Dense, Hidden, Pair, PairInit, ParamVars, Params, gaussian, init_pair};
 use rankgrad::tensor::{Attention, Backend, Tensor};
 
@@ -211,9 +211,10 @@ impl<B: Backend> Model<B> {
         self.logits(w, tokens, batch).cross_entropy(targets)
     }
 
-    /// As [`Model::logits`], without keeping anything for a gradient.
+    /// As [`Model::logits`], without keeping anything for a gradient: what others are compared with.
+    #[cfg(test)]
     pub fn predict(&self, params: &Params<B>, tokens: &[u32], batch: usize) -> Tensor<B> {
-        let tape = Tape::new(params.values.dense[0].device());
+        let tape = rankgrad::autograd::Tape::new(params.values.dense[0].device());
         self.logits(&params.constants_on(&tape), tokens, batch).value() // [N, v]
     }
 }

@@ -132,16 +132,32 @@ pub fn continue_all<B: Backend<Elem = f32>>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Overrides};
+    use crate::config::{Config, Method, ModelOptions, Overrides};
     use crate::model::Weights;
-    use rankgrad::tensor::{Cpu, Tensor};
+    use rankgrad::tensor::Cpu;
 
     /// A small model that is sure of itself: weights of this size let the logits differ by whole units.
-    fn small(more: &str) -> (Config, Model<Cpu<f32>>, Params<Cpu<f32>>) {
-        let sizes = "dim = 32\nlayers = 2\nheads = 4\nkv_heads = 2\nffn = 48\ncontext = 21\ninit_std = 0.3\n";
-        let config = Overrides::from_toml(&format!("{sizes}{more}")).unwrap().resolve().unwrap();
+    fn small(more: impl FnOnce(&mut ModelOptions)) -> (Config, Model<Cpu<f32>>, Params<Cpu<f32>>) {
+        let mut model = ModelOptions {
+            dim: Some(32),
+            layers: Some(2),
+            heads: Some(4),
+            kv_heads: Some(2),
+            ffn: Some(48),
+            context: Some(21),
+            init_std: Some(0.3),
+            ..ModelOptions::default()
+        };
+        more(&mut model);
+        let config = Overrides { model, ..Overrides::default() }.resolve().unwrap();
         let (model, params) = Model::new(&Cpu::default(), &config);
         (config, model, params)
+    }
+
+    /// Logits of the last of `tokens` by a forward pass over all of them.
+    fn from_scratch(model: &Model<Cpu<f32>>, params: &Params<Cpu<f32>>, tokens: &[u32]) -> Vec<f32> {
+        let logits = model.predict(params, tokens, 1); // [T, v]
+        logits.to_vec()[(tokens.len() - 1) * logits.cols()..].to_vec()
     }
 
     fn prompt(len: usize) -> Vec<u32> {
@@ -181,29 +197,17 @@ mod tests {
     /// At every position, several contexts long; from prompts that are short, fill the context, go beyond it, or take several chunks.
     #[test]
     fn greedy_decoding_is_that_of_a_forward_pass_from_scratch() {
-        for (more, prompts) in
-            [("", &[1, 20, 21, 22, 60][..]), ("context = 300\n", &[299]), ("context = 1\n", &[2])]
-        {
-            let more = more.to_owned() + "tie = true\n";
-            let (config, model, params) = match more.strip_prefix("context") {
-                Some(_) => {
-                    let config =
-                        Config { context: if more.contains("300") { 300 } else { 1 }, ..small("").0 };
-                    let (model, params) = Model::new(&Cpu::default(), &config);
-                    (config, model, params)
-                }
-                None => small(&more),
-            };
+        for (context, prompts) in [(21, &[1, 20, 21, 22, 60][..]), (300, &[299]), (1, &[2])] {
+            let (_, model, params) = small(|m| (m.context, m.tie) = (Some(context), Some(context == 21)));
             for &len in prompts {
                 let mut s = Sequence::new(&model, &params, prompt(len), 1);
-                for _ in 0..(3 * config.context).min(70) {
+                for _ in 0..(3 * context).min(70) {
                     let cached = advance(&model, &params, &mut [&mut s]).remove(0); // [v]
-                    let window = &s.tokens[window_start(s.tokens.len(), config.context)..];
-                    let all = model.predict(&params, window, 1).to_vec(); // [T, v]
-                    let whole = &all[all.len() - config.vocab..]; // [v]
-                    assert!(near(&cached, whole), "{} tokens, context {}", s.tokens.len(), config.context);
-                    assert_eq!(likeliest(&cached), likeliest(whole));
-                    s.tokens.push(likeliest(whole));
+                    let window = &s.tokens[window_start(s.tokens.len(), context)..];
+                    let whole = from_scratch(&model, &params, window); // [v]
+                    assert!(near(&cached, &whole), "{} tokens, context {}", s.tokens.len(), context);
+                    assert_eq!(likeliest(&cached), likeliest(&whole));
+                    s.tokens.push(likeliest(&whole));
                 }
             }
         }
@@ -211,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_its_sequences_one_by_one() {
-        let (_, model, params) = small("");
+        let (_, model, params) = small(|_| ());
         let how = Sampling { tokens: 50, temperature: 1.0, top_p: 0.9, ..Sampling::default() };
         let start = |len: usize| Sequence::new(&model, &params, prompt(len), 3);
         // few rows at a time, and more than the kernels for few rows take
@@ -233,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_stop_string_ends_one_sequence_and_no_reader_ends_all() {
-        let (_, model, params) = small("");
+        let (_, model, params) = small(|_| ());
         let how = Sampling { tokens: 40, ..Sampling::default() };
         let run = |how: &Sampling| {
             let mut both = [4, 9].map(|len| Sequence::new(&model, &params, prompt(len), 3));
@@ -254,7 +258,7 @@ mod tests {
     /// A conversation goes on from its cache: the same as from its text.
     #[test]
     fn a_sequence_that_was_added_to_goes_on_as_a_new_one() {
-        let (_, model, params) = small("");
+        let (_, model, params) = small(|_| ());
         let mut s = Sequence::new(&model, &params, prompt(4), 3);
         for more in [3, 1, 12, 5] {
             advance(&model, &params, &mut [&mut s]);
@@ -267,11 +271,12 @@ mod tests {
 
     #[test]
     fn factors_and_their_products_predict_the_same() {
-        let methods = ["spectron", "self-guided", "dense-muon"];
+        let methods = [Method::Spectron, Method::SelfGuided, Method::DenseMuon];
         for (method, ratio) in methods.into_iter().flat_map(|method| [0.25, 0.7].map(|ratio| (method, ratio)))
         {
-            let (config, model, mut params) =
-                small(&format!("method = \"{method}\"\nrank_ratio = {ratio}\n"));
+            let (config, mut model, mut params) =
+                small(|m| (m.method, m.rank_ratio) = (Some(method), Some(ratio)));
+            model.guides.fill(0.4);
             for guide in params.values.hidden.iter_mut().filter(|_| config.factored()) {
                 *guide = guide.scale(1.1); // no longer what the pair says
             }
@@ -281,27 +286,22 @@ mod tests {
                 let mut s = Sequence::new(&model, &params, prompt(9), 3);
                 (advance(&model, &params, &mut [&mut s]).remove(0), params.count(), names)
             };
-            let all: Tensor<_> = model.predict(&params, &prompt(9), 1); // [9, v]
-            let all = all.to_vec();
+            let whole = from_scratch(&model, &params, &prompt(9)); // [v]
             let (fewer, count, names) = predict(Weights::Fewer);
             let (factored, count_factored, names_factored) = predict(Weights::Factored);
             let (merged, count_merged, _) = predict(Weights::Merged);
             for logits in [&fewer, &factored, &merged] {
-                assert!(near(logits, &all[8 * config.vocab..]), "{method} {ratio}");
+                assert!(near(logits, &whole), "{method:?} {ratio}");
             }
-            assert!(count <= count_factored.min(count_merged), "{method} {ratio}");
+            assert!(count <= count_factored.min(count_merged), "{method:?} {ratio}");
             assert_eq!(count_factored, params.count());
             assert_eq!(names_factored, params.names().collect::<Vec<_>>());
             let pairs = names.iter().filter(|name| name.ends_with(".A")).count();
+            // at 0.7 every pair has more elements than its product; guides are merged into theirs
             assert_eq!(
                 pairs,
-                if method == "spectron" && ratio == 0.25 {
-                    14
-                } else if method == "spectron" {
-                    0
-                } else {
-                    0
-                }
+                if (method, ratio) == (Method::Spectron, 0.25) { 14 } else { 0 },
+                "{method:?} {ratio}"
             );
         }
     }

@@ -113,30 +113,40 @@ impl<B: Backend> Model<B> {
         }
         let tape = Tape::new(params.values.dense[0].device());
         let w = params.constants_on(&tape);
-        let how = Attention { batch: 1, heads: self.heads, kv_heads: self.kv_heads, causal: true };
-        let attend = |block: usize, qkv: [Var<'_, B>; 3]| {
-            let one = |(i, cache): (usize, &mut &mut Cache<B>)| {
-                let ids: Vec<u32> = (i * n..(i + 1) * n).map(|row| row as u32).collect();
-                let [q, k, v] = if s == 1 { qkv } else { qkv.map(|x| x.embedding(&ids)) }; // [n, heads·h], [n, kv_heads·h] × 2
-                let [q, k] = [q, k].map(|x| x.rope(&self.rope, n, cache.len)); // like q, k
-                let seen = cache.append(block, [k.value(), v.value()]); // [len + n, kv_heads·h] × 2
-                let [k, v] = seen.each_ref().map(|x| tape.constant(x)); // [len + n, kv_heads·h]
-                q.attention(k, v, how) // [n, heads·h]
-            };
-            let found: Vec<Var<'_, B>> = caches.iter_mut().enumerate().map(one).collect();
-            if let [found] = found[..] {
-                return found; // [n, heads·h]
-            }
-            let width = found[0].shape().cols();
-            let rows: Vec<Var<'_, B>> = found.into_iter().map(|x| x.reshape([1, n * width])).collect();
-            concat(&rows).reshape([s * n, width]) // [S·n, heads·h]
-        };
-        let x = self.residual(&w, tokens, attend); // [S·n, d]
+        let x = self.residual(&w, tokens, |block, qkv| self.attend(&tape, caches, block, qkv)); // [S·n, d]
         for cache in caches {
             cache.len += n;
         }
         let last: Vec<u32> = (1..=s).map(|i| (i * n - 1) as u32).collect();
         self.logits_of(&w, x.embedding(&last)).value() // [S, v]
+    }
+
+    /// Attention of a block, whose queries, keys and values are [S·n, heads·h], and [S·n, kv_heads·h] twice → [S·n, heads·h]:
+    /// of each sequence over what its cache holds, to which its keys and values are added.
+    fn attend<'t>(
+        &self,
+        tape: &'t Tape<B>,
+        caches: &mut [&mut Cache<B>],
+        block: usize,
+        qkv: [Var<'t, B>; 3],
+    ) -> Var<'t, B> {
+        let (s, n) = (caches.len(), qkv[0].shape().rows() / caches.len());
+        let how = Attention { batch: 1, heads: self.heads, kv_heads: self.kv_heads, causal: true };
+        let one = |(i, cache): (usize, &mut &mut Cache<B>)| {
+            let ids: Vec<u32> = (i * n..(i + 1) * n).map(|row| row as u32).collect();
+            let [q, k, v] = if s == 1 { qkv } else { qkv.map(|x| x.embedding(&ids)) }; // [n, heads·h], [n, kv_heads·h] × 2
+            let [q, k] = [q, k].map(|x| x.rope(&self.rope, n, cache.len)); // like q, k
+            let seen = cache.append(block, [k.value(), v.value()]); // [len + n, kv_heads·h] × 2
+            let [k, v] = seen.each_ref().map(|x| tape.constant(x)); // [len + n, kv_heads·h]
+            q.attention(k, v, how) // [n, heads·h]
+        };
+        let found: Vec<Var<'t, B>> = caches.iter_mut().enumerate().map(one).collect();
+        if let [found] = found[..] {
+            return found; // [n, heads·h]
+        }
+        let width = found[0].shape().cols();
+        let rows: Vec<Var<'t, B>> = found.into_iter().map(|x| x.reshape([1, n * width])).collect();
+        concat(&rows).reshape([s * n, width]) // [S·n, heads·h]
     }
 
     /// The same model, to within rounding, with its pairs as `weights` says. What is kept as it was is shared, not copied.
