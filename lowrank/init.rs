@@ -82,6 +82,7 @@ pub fn haar(rng: &mut impl Rng, m: usize, r: usize) -> Vec<Vec<f64>> {
 }
 
 /// A dot product in eight lanes, so that it vectorises, added in a fixed order.
+#[inline(always)] // into the SIMD of its callers; no rounding depends on that
 pub(super) fn dot(x: &[f64], y: &[f64]) -> f64 {
     let mut lanes = [0.0; 8];
     for (x, y) in x.chunks(8).zip(y.chunks(8)) {

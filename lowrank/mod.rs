@@ -15,6 +15,7 @@
 mod adamw;
 mod certificate;
 mod certified;
+mod eigen;
 mod gauge;
 mod init;
 mod lora_muon;
@@ -43,7 +44,7 @@ pub use muon::{Muon, MuonScale};
 pub use newton_schulz::{NewtonSchulz, Space, newton_schulz};
 pub use optimizer::{Optimizer, Rule, State, StepReport, clip_global_norm, shape_scale};
 pub use orthogonaliser::{Orthogonaliser, POLAR_EXPRESS};
-pub use pair::{Costs, FactorPair};
+pub use pair::{Costs, FactorPair, rank_for_energy};
 pub use params::{Dense, Hidden, Pair, PairVar, ParamVars, Params, Values};
 pub use radius::{Radius, exact_radius, update_radius};
 pub use renormalised::{MomentumOnly, Renormalised};

@@ -87,7 +87,10 @@ pub(super) fn iterate<B: Backend>(
     let groups = groups(schedule, space, p, q);
     let r = p.min(q);
     let bytes = (2 * p * q + 5 * r * r) * size_of::<B::Elem>();
-    batch.par_chunks(items_per_task::<B>(bytes)).flat_map_iter(|batch| iterate_groups(batch, &groups)).collect()
+    batch
+        .par_chunks(items_per_task::<B>(bytes))
+        .flat_map_iter(|batch| iterate_groups(batch, &groups))
+        .collect()
 }
 
 fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> Vec<Tensor<B>> {

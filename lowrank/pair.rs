@@ -109,18 +109,50 @@ impl<B: Backend> FactorPair<B> {
     /// If `w` is not a matrix or `r` is not between 1 and min(m, n).
     #[track_caller]
     pub fn from_dense(w: &Tensor<B>, r: usize) -> (Self, f64) {
-        let (m, n) = w.shape().matrix("from_dense");
-        assert!(
-            (1..=m.min(n)).contains(&r),
-            "from_dense: rank {r} of {} is not between 1 and {}",
-            w.shape(),
-            m.min(n)
-        );
-        let (u, sigma, v) = svd(&to_nalgebra(w));
-        let a = DMatrix::from_fn(m, r, |i, j| u[(i, j)] * sigma[j].sqrt());
-        let b = DMatrix::from_fn(n, r, |i, j| v[(i, j)] * sigma[j].sqrt());
-        let dropped: f64 = sigma.iter().skip(r).map(|s| s * s).sum();
-        (Self::new(from_nalgebra(w.device(), &a), from_nalgebra(w.device(), &b)), dropped.sqrt())
+        let (pair, sigma) = Self::from_dense_by(w, |_| r);
+        (pair, norm_from(&sigma, r))
+    }
+
+    /// As [`FactorPair::from_dense`], with the rank that `rank` chooses when it sees the singular values of `w`, largest first;
+    /// and those. The error is the norm of the singular values from the rank on.
+    ///
+    /// # Panics
+    /// If `w` is not a matrix or the rank is not between 1 and min(m, n).
+    #[track_caller]
+    pub fn from_dense_by(w: &Tensor<B>, rank: impl FnOnce(&[f64]) -> usize) -> (Self, Vec<f64>) {
+        w.shape().matrix("from_dense");
+        Self::cut("from_dense", w.device(), svd(&to_nalgebra(w)), rank)
+    }
+
+    /// The best approximation of W by rank `r` ≤ this pair's, balanced, and its error in the Frobenius norm, √Σ dropped σ².
+    ///
+    /// # Panics
+    /// If `r` is not between 1 and min(m, n, this pair's rank).
+    #[track_caller]
+    pub fn truncate(&self, r: usize) -> (Self, f64) {
+        let (pair, sigma) = self.truncate_by(|_| r);
+        (pair, norm_from(&sigma, r))
+    }
+
+    /// As [`FactorPair::truncate`], with the rank that `rank` chooses when it sees the singular values of W, largest first; and
+    /// those.
+    ///
+    /// # Panics
+    /// If the rank is not between 1 and min(m, n, this pair's rank).
+    #[track_caller]
+    pub fn truncate_by(&self, rank: impl FnOnce(&[f64]) -> usize) -> (Self, Vec<f64>) {
+        Self::cut("truncate", self.a.device(), self.decompose(), rank)
+    }
+
+    /// The first columns of U·√Σ and V·√Σ.
+    #[track_caller]
+    fn cut(op: &str, device: &B, (u, sigma, v): Svd, rank: impl FnOnce(&[f64]) -> usize) -> (Self, Vec<f64>) {
+        let (r, most) = (rank(&sigma), sigma.len());
+        let [m, n] = [u.nrows(), v.nrows()];
+        assert!((1..=most).contains(&r), "{op}: rank {r} of [{m}, {n}] is not between 1 and {most}");
+        let scaled = |x: DMatrix<f64>| DMatrix::from_fn(x.nrows(), r, |i, j| x[(i, j)] * sigma[j].sqrt());
+        let pair = Self::new(from_nalgebra(device, &scaled(u)), from_nalgebra(device, &scaled(v))); // [m, r], [n, r]
+        (pair, sigma)
     }
 
     /// The same W with AᵀA = BᵀB (= Σ), so that both factors have W's singular values' square roots.
@@ -128,15 +160,21 @@ impl<B: Backend> FactorPair<B> {
     /// From A = Q_A·R_A, B = Q_B·R_B and the SVD R_A·R_Bᵀ = U·Σ·Vᵀ: A ← Q_A·U·√Σ, B ← Q_B·V·√Σ. If r > min(m, n) the
     /// surplus columns become zero.
     pub fn balance(&self) -> Self {
-        let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
-        let ((qa, ra), (qb, rb)) = (qr(&self.a), qr(&self.b));
-        let (u, sigma, v) = svd(&(ra * rb.transpose()));
+        let (u, sigma, v) = self.decompose();
         let root = DMatrix::from_diagonal(&DVector::from_vec(sigma).map(f64::sqrt));
         let r = self.rank();
         let widen = |x: DMatrix<f64>| x.resize_horizontally(r, 0.0);
-        let (a, b) = (widen(qa * u * &root), widen(qb * v * root));
+        let (a, b) = (widen(u * &root), widen(v * root));
         let device = self.a.device();
         Self::new(from_nalgebra(device, &a), from_nalgebra(device, &b)) // [m, r], [n, r]
+    }
+
+    /// The SVD of W, by that of a core [r, r] between two QR decompositions.
+    fn decompose(&self) -> Svd {
+        let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
+        let ((qa, ra), (qb, rb)) = (qr(&self.a), qr(&self.b));
+        let (u, sigma, v) = svd(&(ra * rb.transpose()));
+        (qa * u, sigma, qb * v)
     }
 
     /// ‖AᵀA − BᵀB‖_F: zero if the pair is balanced. Unlike W, it changes with the gauge.
@@ -150,6 +188,26 @@ impl<B: Backend> FactorPair<B> {
         let r = |x: &Tensor<B>| to_nalgebra(x).qr().r();
         svd(&(r(&self.a) * r(&self.b).transpose())).1
     }
+}
+
+/// U, σ, V of W = U·diag(σ)·Vᵀ.
+type Svd = (DMatrix<f64>, Vec<f64>, DMatrix<f64>);
+
+/// √Σ σ² from the index r on.
+fn norm_from(sigma: &[f64], r: usize) -> f64 {
+    sigma.iter().skip(r).map(|s| s * s).sum::<f64>().sqrt()
+}
+
+/// The smallest rank that keeps at least the part `energy`, in (0, 1], of Σ σ²; `sigma` descending. At least 1.
+pub fn rank_for_energy(sigma: &[f64], energy: f64) -> usize {
+    // what is dropped is summed from the smallest on, so that the largest do not swallow it
+    let total: f64 = sigma.iter().rev().map(|s| s * s).sum();
+    let mut dropped = 0.0;
+    let droppable = sigma.iter().rev().take_while(|s| {
+        dropped += **s * **s;
+        dropped <= (1.0 - energy) * total
+    });
+    (sigma.len() - droppable.count()).max(1)
 }
 
 /// A matrix as a tensor.

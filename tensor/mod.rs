@@ -13,6 +13,7 @@ mod shape;
 pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
 pub(crate) use backend::{items_per_task, product_shape};
 pub use cpu::Cpu;
+pub(crate) use cpu::simd;
 pub use scalar::Scalar;
 pub use shape::Shape;
 

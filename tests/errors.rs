@@ -140,6 +140,8 @@ fn tensors_and_pairs() {
     refuses("FactorPair", &["[4, 2]", "[6]"], || FactorPair::new(a.clone(), zeros(&[6])));
     refuses("from_dense", &["rank 4", "[5, 3]", "1 and 3"], || FactorPair::from_dense(&b, 4));
     refuses("from_dense", &["rank 0", "[5, 3]"], || FactorPair::from_dense(&b, 0));
+    let pair = FactorPair::new(zeros(&[5, 2]), zeros(&[3, 2]));
+    refuses("truncate", &["rank 3", "1 and 2"], || pair.truncate(3));
     refuses("from_dense", &["[6]", "matrix"], || FactorPair::from_dense(&zeros(&[6]), 1));
     for rank in [0, 5] {
         refuses("init", &[&format!("rank {rank}"), "[4, 6]", "1 and 4"], || {

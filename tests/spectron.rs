@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use rankgrad::lowrank::{
     self, AdamW, FactorPair, NewtonSchulz, Optimizer, Orthogonaliser, POLAR_EXPRESS, PairInit, Params, Rule,
     Space, Spectron, SpectronConfig, clip_global_norm, init_pair, newton_schulz, power_iteration,
-    start_vector,
+    rank_for_energy, start_vector,
 };
 use rankgrad::tensor::{Cpu, Scalar, Tensor};
 
@@ -660,6 +660,29 @@ proptest! {
     }
 
     #[test]
+    fn truncation_has_the_error_of_the_dropped_singular_values(case in pair_case(), cut in 0.0..1.0f64) {
+        let pair = case.pair::<f64>();
+        let w = matrix(&pair.to_dense());
+        let sigma = singular_values(&w);
+        let full = case.r.min(case.m).min(case.n);
+        let r = 1 + ((full - 1) as f64 * cut) as usize;
+        let (small, error) = pair.truncate(r);
+        prop_assert_eq!((small.outputs(), small.inputs(), small.rank()), (case.m, case.n, r));
+        let rounding = ROUNDING * unit::<f64>() * pair.a.norm() * pair.b.norm(); // the product ≥ ‖W‖
+        let dropped = sigma[r..].iter().map(|s| s * s).sum::<f64>().sqrt();
+        prop_assert!((error - dropped).abs() <= rounding, "{error}, not {dropped}");
+        let left = (matrix(&small.to_dense()) - &w).norm();
+        prop_assert!((left - dropped).abs() <= rounding, "{left}, not {dropped}");
+        prop_assert!(small.gauge_imbalance() <= rounding);
+        let (by_energy, values) = pair.truncate_by(|sigma| rank_for_energy(sigma, 0.9));
+        let kept: f64 = values[..by_energy.rank()].iter().map(|s| s * s).sum();
+        let total: f64 = values.iter().map(|s| s * s).sum();
+        prop_assert!(kept >= 0.9 * total * (1.0 - 1e-14));
+        let fewer = kept - values[by_energy.rank() - 1].powi(2);
+        prop_assert!(by_energy.rank() == 1 || fewer < 0.9 * total * (1.0 + 1e-14));
+    }
+
+    #[test]
     fn balancing_keeps_w_and_equalises_the_grams(case in pair_case()) {
         let pair = case.pair::<f64>();
         let balanced = pair.balance();
@@ -693,7 +716,9 @@ proptest! {
     #[test]
     fn a_transposed_pair_is_the_transposed_matrix(case in pair_case()) {
         let pair = case.pair::<f64>();
-        prop_assert_eq!(matrix(&pair.transpose().to_dense()), matrix(&pair.to_dense()).transpose());
+        // the sums over r may run in another order: each is off by at most r roundings of the sum of magnitudes, ‖A‖·‖B‖ at most
+        let apart = matrix(&pair.transpose().to_dense()) - matrix(&pair.to_dense()).transpose();
+        prop_assert!(apart.amax() <= 2.0 * case.r as f64 * f64::EPSILON * pair.a.norm() * pair.b.norm());
         let (m, n, r) = (case.m, case.n, case.r);
         let costs = pair.costs();
         prop_assert_eq!(costs.parameters, pair.a.len() + pair.b.len());
@@ -702,6 +727,36 @@ proptest! {
         prop_assert_eq!(costs.dense_flops_per_row, 2 * n * m);
         prop_assert_eq!(costs.merge_flops, 2 * m * r * n);
     }
+}
+
+/// σ² = 16, 4, 1, 1, of 22: 16/22 = 0.727, 20/22 = 0.909, 21/22 = 0.955.
+#[test]
+fn the_rank_for_an_energy_by_hand() {
+    let sigma = [4.0, 2.0, 1.0, 1.0];
+    for (energy, rank) in [(0.1, 1), (0.72, 1), (0.73, 2), (0.9, 2), (0.92, 3), (0.96, 4), (1.0, 4)] {
+        assert_eq!(rank_for_energy(&sigma, energy), rank, "{energy}");
+    }
+    assert_eq!(rank_for_energy(&[1.0, 1e-9, 0.0], 1.0), 2); // a zero carries nothing
+    assert_eq!(rank_for_energy(&[0.0, 0.0], 0.5), 1);
+}
+
+/// Beyond the sizes of the property tests, where the decomposition is another one (lowrank/eigen.rs).
+#[test]
+fn large_matrices_are_cut_as_small_ones_are() {
+    let (m, n, r) = (150, 210, 40);
+    let sigma: Vec<f64> = (0..m).map(|i| 0.96f64.powi(i as i32)).collect();
+    let w = with_spectrum(&mut rng(5), m, n, &sigma);
+    let dropped = sigma[r..].iter().map(|s| s * s).sum::<f64>().sqrt();
+    for w in [w.clone(), w.transpose()] {
+        let (pair, error) = FactorPair::from_dense(&tensor::<f64>(&w), r);
+        assert!((error - dropped).abs() < 1e-12 && pair.gauge_imbalance() < 1e-12);
+        assert!(((matrix(&pair.to_dense()) - &w).norm() - dropped).abs() < 1e-12);
+        let (whole, _) = FactorPair::from_dense(&tensor::<f64>(&(&w * 1e-3)), m);
+        assert!((matrix(&whole.to_dense()) - &w * 1e-3).norm() < 1e-15);
+        assert!(((matrix(&whole.truncate(r).0.to_dense()) * 1e3 - &w).norm() - dropped).abs() < 1e-12);
+    }
+    let not_finite = tensor::<f64>(&DMatrix::from_element(140, 140, f64::NAN));
+    assert!(!FactorPair::from_dense(&not_finite, 3).0.a.is_finite());
 }
 
 // ---- initialisation

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::error::{Error, Result, cannot, write_atomically};
+use crate::tokens::Tokenizer;
 
 /// Raised whenever older files can no longer be read.
 const FORMAT: u32 = 1;
@@ -20,8 +21,9 @@ const FORMAT: u32 = 1;
 // The file format is little-endian, and the values are written as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"));
 
-/// The key in the safetensors metadata that makes a file ours.
+/// The key in the safetensors metadata that makes a file ours, and that of its tokenizer.
 const KEY: &str = "rankgrad";
+const TOKENIZER_KEY: &str = "tokenizer.json";
 
 /// All of a checkpoint that is not a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,7 +31,7 @@ pub struct Meta {
     /// Steps done.
     pub step: u64,
     pub config: Config,
-    /// SHA-256 of the corpus, in hexadecimal: a run is continued on the same bytes only.
+    /// SHA-256 of the corpus, in hexadecimal: a run is continued on the same bytes only. Empty where no run wrote the file.
     pub corpus_sha256: String,
     /// Training tokens seen.
     pub tokens: u64,
@@ -56,6 +58,27 @@ impl Meta {
     }
 }
 
+impl Meta {
+    /// Of a model that no run of this program left as it is, such as an imported one.
+    pub fn of_model(config: Config) -> Self {
+        let scalars = BTreeMap::new();
+        Meta {
+            step: 0,
+            config,
+            corpus_sha256: String::new(),
+            tokens: 0,
+            seconds: 0.0,
+            best_val_loss: None,
+            scalars,
+        }
+    }
+
+    /// Whether a run wrote this checkpoint, so that there is one to continue.
+    pub fn trained_here(&self) -> bool {
+        !self.corpus_sha256.is_empty()
+    }
+}
+
 /// Shape and row-major values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
@@ -67,6 +90,8 @@ pub struct HostTensor {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     pub meta: Meta,
+    /// The text of the run's tokenizer.json; None: bytes are tokens.
+    pub tokenizer: Option<String>,
     pub tensors: BTreeMap<String, HostTensor>,
 }
 
@@ -90,7 +115,11 @@ impl Checkpoint {
         Ok(path)
     }
 
-    fn to_bytes(&self) -> Result<Vec<u8>> {
+    /// The whole file.
+    ///
+    /// # Errors
+    /// A configuration or a tensor that cannot be encoded.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let unwritable = |e: &dyn std::fmt::Display| Error::new(format!("cannot encode the checkpoint: {e}"));
         let meta = serde_json::to_string(&(FORMAT, &self.meta)).map_err(|e| unwritable(&e))?;
         let views = self.tensors.iter().map(|(name, t)| {
@@ -98,7 +127,8 @@ impl Checkpoint {
             Ok((name, TensorView::new(Dtype::F32, t.shape.clone(), bytes).map_err(|e| unwritable(&e))?))
         });
         let views = views.collect::<Result<Vec<_>>>()?;
-        let metadata = HashMap::from([(KEY.to_owned(), meta)]);
+        let tokenizer = self.tokenizer.clone().map(|text| (TOKENIZER_KEY.to_owned(), text));
+        let metadata = HashMap::from_iter([(KEY.to_owned(), meta)].into_iter().chain(tokenizer));
         safetensors::serialize(views, Some(metadata)).map_err(|e| unwritable(&e))
     }
 
@@ -120,7 +150,8 @@ impl Checkpoint {
         let file = SafeTensors::deserialize(bytes).map_err(|e| damaged(&e))?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| damaged(&e))?;
         let foreign = || Error::new("a safetensors file, but not one that rankgrad wrote");
-        let meta = header.metadata().as_ref().and_then(|m| m.get(KEY)).ok_or_else(foreign)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let meta = metadata.get(KEY).ok_or_else(foreign)?;
         let (format, meta): (u32, serde_json::Value) = serde_json::from_str(meta).map_err(|_| foreign())?;
         if format != FORMAT {
             return Err(Error::new(format!(
@@ -137,7 +168,19 @@ impl Checkpoint {
                 view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             Ok((name.to_owned(), HostTensor { shape: view.shape().to_vec(), values }))
         };
-        Ok(Checkpoint { meta, tensors: file.iter().map(tensor).collect::<Result<_>>()? })
+        let tokenizer = metadata.get(TOKENIZER_KEY).cloned();
+        Ok(Checkpoint { meta, tokenizer, tensors: file.iter().map(tensor).collect::<Result<_>>()? })
+    }
+
+    /// The tokenizer that the model was trained with.
+    ///
+    /// # Errors
+    /// One that this program cannot read.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match &self.tokenizer {
+            Some(text) => Tokenizer::from_json(text.clone(), "of the checkpoint"),
+            None => Ok(Tokenizer::Bytes),
+        }
     }
 
     /// Moves out the values of a tensor that must have this shape.
@@ -221,6 +264,7 @@ mod tests {
                 best_val_loss: None,
                 scalars: BTreeMap::from([("opt.t".into(), 1.0 / 3.0)]),
             },
+            tokenizer: (step % 2 == 1).then(|| "{\"a\": \"ü\"}".into()),
             tensors: BTreeMap::from([
                 ("param.a".into(), HostTensor { shape: vec![2, 3], values: odd.to_vec() }),
                 ("opt.m".into(), HostTensor { shape: vec![0], values: vec![] }),

@@ -14,7 +14,9 @@ use crate::device::Device;
 use crate::error::{Error, Result, cannot};
 use crate::generate::Sampling;
 use crate::model::Weights;
+use crate::shards::Format;
 use crate::study::{Kind, StudyOptions};
+use crate::tokens::Tokenizer;
 
 /// Train, evaluate, sample and inspect native low-rank language models.
 ///
@@ -47,6 +49,16 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Write a checkpoint's model in the layout of Hugging Face's Llama
     Export(ExportArgs),
+    /// Read a Llama-style Hugging Face model, and make factor pairs of its matrices
+    ///
+    /// Prints, per matrix: shape, rank, relative error of the pair, the part of Σ σ² that was dropped, parameters before and after.
+    Import(ImportArgs),
+    /// Cut the factor pairs of a checkpoint to a smaller rank, or make pairs of its whole matrices
+    ///
+    /// By the singular values of W, with the smallest possible error; prints the table of `import`.
+    Rank(RankArgs),
+    /// Multiply the factor pairs of a checkpoint out
+    Merge(MergeArgs),
     /// Time forward, backward and optimizer on random tokens
     Bench(BenchArgs),
     /// Compare training methods fairly: many runs, learning rates and seeds, tables
@@ -56,6 +68,12 @@ pub enum Command {
     /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
     /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
     Report(ReportArgs),
+    /// Make a tokenizer of one's own
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
+    /// Make token files of text
+    #[command(subcommand)]
+    Data(DataCommand),
     /// List what there is to compute on, or say why there is no GPU
     Devices,
 }
@@ -82,6 +100,7 @@ fn at_least_one() -> RangedU64ValueParser<usize> {
   rankgrad train --data shakespeare.txt --method dense-adamw --lr 1e-3 --out runs/dense
   rankgrad train --config runs/dense/config.toml --seed 2
   rankgrad train --resume runs/dense
+  rankgrad train --from imported --data shakespeare.txt --lr 0.01
 
 Flags win over --config, which wins over the preset. Ctrl-C saves a checkpoint and ends the run.")]
 pub struct TrainArgs {
@@ -91,6 +110,10 @@ pub struct TrainArgs {
     /// Continue the run in this directory from its newest checkpoint, bit for bit
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
+    /// Start a new run from the weights of this checkpoint: a run's directory, a .safetensors file, or what `import`, `rank` or
+    /// `merge` wrote. The model's shape comes from there
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "resume")]
+    pub from: Option<PathBuf>,
     /// Save a checkpoint and end after this step; the schedule still runs over --steps, for --resume to go on with
     #[arg(long, value_name = "STEP", value_parser = at_least_one())]
     pub stop_after: Option<usize>,
@@ -206,7 +229,7 @@ impl GenerateArgs {
     ///
     /// # Errors
     /// A value that nothing can be sampled with, or an empty stop string.
-    pub fn sampling(&self) -> Result<Sampling> {
+    pub fn sampling(&self) -> Result<Sampling<'static>> {
         let fail = |message: String| Err(Error::new(message));
         if self.tokens == 0 {
             return fail("--tokens is 0: it must be at least 1".into());
@@ -230,7 +253,8 @@ impl GenerateArgs {
         }
         let stop = self.stop.iter().map(|text| unescaped(text)).collect::<Result<Vec<String>>>()?;
         let (tokens, top_k, seed) = (self.tokens, self.top_k, self.seed);
-        Ok(Sampling { tokens, temperature, top_k, top_p, repetition_penalty, stop, seed })
+        let tokenizer = &Tokenizer::Bytes; // until the checkpoint's is known
+        Ok(Sampling { tokens, temperature, top_k, top_p, repetition_penalty, stop, seed, tokenizer })
     }
 
     /// The prompts, at least one.
@@ -323,6 +347,100 @@ pub struct ExportArgs {
     /// Keep factor pairs as NAME.A and NAME.B instead of their product; a README beside them says how to load them
     #[arg(long)]
     pub factorized: bool,
+}
+
+/// What there is to do with tokenizers.
+#[derive(Subcommand, Debug)]
+pub enum TokenizerCommand {
+    /// Train a byte-level BPE on text and write its tokenizer.json
+    Train(TokenizerArgs),
+}
+
+/// Flags of `tokenizer train`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad tokenizer train --data wiki.txt --vocab 4096 --out wiki.json")]
+pub struct TokenizerArgs {
+    /// Files or directories of UTF-8 text
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// Number of tokens, at least 257: every byte, <|endoftext|>, and the commonest sequences of bytes
+    #[arg(long, default_value_t = 4096)]
+    pub vocab: usize,
+    /// The file to write; it must not exist
+    #[arg(long, default_value = "tokenizer.json", value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+/// Flags of `import`.
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("how").required(true).args(["rank_ratio", "energy", "dense"]))]
+#[command(allow_negative_numbers = true)] // for the check of the value to answer
+#[command(after_help = "Examples:
+  rankgrad import model imported --rank-ratio 0.25
+  rankgrad import model imported --energy 0.99
+  rankgrad import model whole --dense")]
+pub struct ImportArgs {
+    /// A directory with config.json and model.safetensors or model.safetensors.index.json, or one of the latter two
+    pub model: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    /// Rank of each pair as a part of min(inputs, outputs), in (0, 1]
+    #[arg(long, value_name = "R")]
+    pub rank_ratio: Option<f64>,
+    /// Give each matrix the smallest rank that keeps this part of its Σ σ², in (0, 1]
+    #[arg(long, value_name = "E")]
+    pub energy: Option<f64>,
+    /// Keep matrices whole
+    #[arg(long)]
+    pub dense: bool,
+    /// Tokens per sequence of the imported model [default: its max_position_embeddings, but at most 2048]
+    #[arg(long, value_parser = at_least_one())]
+    pub context: Option<usize>,
+}
+
+/// Data to compare models on.
+#[derive(Args, Debug)]
+pub struct DataOptions {
+    /// Files or directories: print the validation losses before and after on their last 10 %
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// Files or directories, all of whose bytes are evaluated
+    #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
+    pub val_data: Vec<PathBuf>,
+}
+
+/// Flags of `rank`.
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("how").required(true).args(["to_ratio", "energy"]))]
+#[command(allow_negative_numbers = true)] // as above
+#[command(
+    after_help = "Example: rankgrad rank runs/spectron-tiny-001 smaller --to-ratio 0.125 --data shakespeare.txt"
+)]
+pub struct RankArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    /// Rank of each pair as a part of min(inputs, outputs), in (0, 1]
+    #[arg(long, value_name = "R")]
+    pub to_ratio: Option<f64>,
+    /// Give each matrix the smallest rank that keeps this part of its Σ σ², in (0, 1]
+    #[arg(long, value_name = "E")]
+    pub energy: Option<f64>,
+    #[command(flatten)]
+    pub data: DataOptions,
+}
+
+/// Flags of `merge`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example: rankgrad merge runs/spectron-tiny-001 whole")]
+pub struct MergeArgs {
+    #[arg(help = CHECKPOINT)]
+    pub checkpoint: PathBuf,
+    /// The directory to write; it must not exist
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub data: DataOptions,
 }
 
 /// Flags of `bench`.
@@ -427,6 +545,61 @@ pub struct ReportArgs {
     pub svg: Option<PathBuf>,
 }
 
+/// The commands of `data`.
+#[derive(Subcommand, Debug)]
+pub enum DataCommand {
+    /// Shuffled token files of text, JSON lines or Parquet, for training on more than fits in memory
+    Pack(PackArgs),
+}
+
+/// Flags of `data pack`.
+#[derive(Args, Debug)]
+#[command(allow_negative_numbers = true)] // as above
+#[command(after_help = "\
+A document is a line of a .jsonl file, a row of a .parquet file (in a build with --features parquet), or any other file as a \
+whole, which must be UTF-8. Each is preceded by the end token. The same data and --seed give the same files. Documents that \
+come first in the shuffled order go to the validation files, val-000000.bin and on, until those have their part of the tokens; the \
+rest to train-000000.bin and on. pack.json says what is in them.
+
+Until all is done, the work is in DIR.packing, which needs about twice the space of the tokens. Ctrl-C saves; the same command \
+goes on.
+
+Examples:
+  rankgrad data pack --data articles.jsonl --tokenizer wiki.json --out tokens
+  rankgrad data pack --data books/ --out tokens --val-fraction 0.05 --shard-tokens 10000000 --format nanogpt")]
+pub struct PackArgs {
+    /// Files, and directories, whose files count unless they are hidden
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE_OR_DIR")]
+    pub data: Vec<PathBuf>,
+    /// The directory to write; it must not exist
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A tokenizer.json with an end token; a copy is kept beside the tokens [default: bytes are tokens, 256 is the end token]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// How tokens lie in the files: llm.c's way, also modded-nanogpt's, or nanoGPT's
+    #[arg(long, default_value = "llm-c")]
+    pub format: Format,
+    /// Field of JSON lines, or column of Parquet, that has the text
+    #[arg(long, default_value = "text")]
+    pub field: String,
+    /// Seed of the order of the documents
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Tokens per file; the last one of each kind has what is left
+    #[arg(long, value_name = "N", default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub shard_tokens: u64,
+    /// Part of the tokens to validate on, in [0, 1), at whole documents
+    #[arg(long, value_name = "F", default_value_t = 0.01)]
+    pub val_fraction: f64,
+    /// Worker threads; 0 = all cores. The result does not depend on it
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Show no progress
+    #[arg(long)]
+    pub quiet: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -476,6 +649,11 @@ mod tests {
             ("train --steps -1", "invalid value '-1' for '--steps"),
             ("bench --steps 0", "0 is not in 1.."),
             ("eval", "<CHECKPOINT>"),
+            ("import a b", "--rank-ratio"),
+            ("import a b --energy 0.9 --dense", "cannot be used with"),
+            ("rank a b", "--to-ratio"),
+            ("rank a b --to-ratio 0.5 --energy 0.9", "cannot be used with"),
+            ("train --from a --resume b", "cannot be used with"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(says), "{line}: {error}");
@@ -525,7 +703,7 @@ mod tests {
         }
         for (line, says) in [
             ("generate", "<CHECKPOINT>"),
-            ("generate c --preset mid", "--bench"),
+            ("generate c --preset mid", "cannot be used with"),
             ("generate c --bench --preset mid", "cannot be used with"),
             ("generate c --merged --factored", "cannot be used with"),
             ("generate c --interactive --prompt a", "cannot be used with"),

@@ -4,6 +4,7 @@
 //! `Config` is the outcome, every value concrete and checked; the run directory and each checkpoint record it.
 //! Not here: what the values do. d = dim, η = learning rate of the factor pairs, β = a decay of a moving average.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +16,8 @@ use toml::Table;
 
 use crate::error::{Error, Result, cannot};
 use crate::methods::{Entry, Matrices, entry};
+use crate::model::matrices;
+use crate::tokens::Tokenizer;
 
 /// Sizes of the model, and of the batches that go with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -178,6 +181,10 @@ pub struct TrainingOptions {
     /// Files or directories to validate on; all of --data is then to train on [default: the last 10 % of --data]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Option<Vec<PathBuf>>,
+    /// A tokenizer.json, such as Hugging Face's or one of `rankgrad tokenizer train`; every checkpoint keeps a copy. --vocab is then
+    /// the tokenizer's [default: bytes are tokens]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Optimizer steps [default: 2000]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -247,6 +254,18 @@ pub struct TrainingOptions {
     pub keep: Option<usize>,
 }
 
+/// What no flag says: properties of a model that came from elsewhere (`import`, `rank`). A recorded configuration has those that
+/// are not the default.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ShapeOptions {
+    pub rope_base: Option<f64>,
+    pub norm_eps: Option<f64>,
+    pub ranks: Option<BTreeMap<String, usize>>,
+}
+
+/// The keys of `ShapeOptions`.
+const SHAPE: [&str; 3] = ["rope_base", "norm_eps", "ranks"];
+
 /// The values that a file or the command line gives.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Overrides {
@@ -254,6 +273,8 @@ pub struct Overrides {
     pub model: ModelOptions,
     #[command(flatten)]
     pub training: TrainingOptions,
+    #[arg(skip)]
+    pub shape: ShapeOptions,
 }
 
 /// Every value of a run, concrete and checked. The field docs are those of `ModelOptions` and `TrainingOptions`.
@@ -282,6 +303,9 @@ pub struct Config {
     pub data: Vec<PathBuf>,
     /// Absolute paths; empty: the last 10 % of `data`.
     pub val_data: Vec<PathBuf>,
+    /// Absolute; None: bytes are tokens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tokenizer: Option<PathBuf>,
     pub steps: usize,
     pub lr: f64,
     pub adam_lr: f64,
@@ -306,7 +330,36 @@ pub struct Config {
     pub telemetry: Telemetry,
     pub checkpoint_every: usize,
     pub keep: usize,
+    /// Base of the rotary positions' angles.
+    #[serde(default = "rope_base", skip_serializing_if = "is_rope_base")]
+    pub rope_base: f64,
+    /// Added to the mean square in RMSNorm.
+    #[serde(default = "norm_eps", skip_serializing_if = "is_norm_eps")]
+    pub norm_eps: f64,
+    /// Ranks of pairs by their name, such as `blocks.0.q`; `rank_ratio` is for the others.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ranks: BTreeMap<String, usize>,
 }
+
+fn rope_base() -> f64 {
+    10_000.0
+}
+
+fn is_rope_base(x: &f64) -> bool {
+    *x == rope_base()
+}
+
+fn norm_eps() -> f64 {
+    1e-5
+}
+
+fn is_norm_eps(x: &f64) -> bool {
+    *x == norm_eps()
+}
+
+/// What `--from` takes from the checkpoint, beside the keys of `ShapeOptions`: flags may only repeat it.
+const FROM_CHECKPOINT: [&str; 9] =
+    ["preset", "dim", "layers", "heads", "kv_heads", "ffn", "vocab", "tie", "rank_ratio"];
 
 /// What `--resume` lets change, because the weights at a given step do not depend on it. `data` may have moved:
 /// whoever resumes compares the corpus' hash.
@@ -341,12 +394,17 @@ impl Overrides {
         Self::from_toml(&text).map_err(|e| Error::new(format!("configuration {}: {e}", path.display())))
     }
 
-    fn from_toml(text: &str) -> Result<Self> {
+    /// Reads the text of such a file.
+    ///
+    /// # Errors
+    /// As [`Overrides::from_file`], but for reading.
+    pub fn from_toml(text: &str) -> Result<Self> {
         let toml_error = |e: toml::de::Error| Error::new(e.to_string());
         let table: Table = toml::from_str(text).map_err(toml_error)?;
         let known = Self::augment_args(clap::Command::new(""));
         let known: Vec<&str> = known.get_arguments().map(|a| a.get_id().as_str()).collect();
-        if let Some(key) = table.keys().find(|k| !known.contains(&k.as_str())) {
+        if let Some(key) = table.keys().find(|k| !known.contains(&k.as_str()) && !SHAPE.contains(&k.as_str()))
+        {
             return Err(Error::new(format!("unknown key `{key}`{}", suggestion(key, &known))));
         }
         check_name::<Preset>(&table, "preset")?;
@@ -358,6 +416,7 @@ impl Overrides {
         Ok(Overrides {
             model: toml::from_str(text).map_err(toml_error)?,
             training: toml::from_str(text).map_err(toml_error)?,
+            shape: toml::from_str(text).map_err(toml_error)?,
         })
     }
 
@@ -380,7 +439,26 @@ impl Overrides {
         Ok(Overrides {
             model: merge(&base.model, &self.model)?,
             training: merge(&base.training, &self.training)?,
+            shape: merge(&base.shape, &self.shape)?,
         })
+    }
+
+    /// The tokenizer that was asked for, and these values with its vocabulary, unless another is given.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read; a vocabulary that is too small for it.
+    pub fn with_tokenizer(mut self) -> Result<(Self, Tokenizer)> {
+        let tokenizer = Tokenizer::open(self.training.tokenizer.as_deref())?;
+        if tokenizer.json().is_some() {
+            let vocab = *self.model.vocab.get_or_insert(tokenizer.vocab().max(256));
+            if vocab < tokenizer.vocab() {
+                return Err(Error::new(format!(
+                    "vocab is {vocab}, fewer than the tokens of {}; leave it out, or give more",
+                    tokenizer.name()
+                )));
+            }
+        }
+        Ok((self, tokenizer))
     }
 
     /// Fills in preset and defaults, and checks the outcome.
@@ -388,7 +466,7 @@ impl Overrides {
     /// # Errors
     /// A value that is out of range or does not fit another, with what would fit.
     pub fn resolve(self) -> Result<Config> {
-        let Overrides { model: m, training: t } = self;
+        let Overrides { model: m, training: t, shape: s } = self;
         let preset = m.preset.unwrap_or(Preset::Tiny);
         let (layers, dim, heads, ffn, context, batch, vocab) = match preset {
             Preset::Tiny => (4, 128, 4, 352, 64, 12, 256),
@@ -420,6 +498,7 @@ impl Overrides {
             threads: m.threads.unwrap_or(0),
             data: absolute(t.data.unwrap_or_default())?,
             val_data: absolute(t.val_data.unwrap_or_default())?,
+            tokenizer: absolute(t.tokenizer.into_iter().collect())?.pop(),
             steps,
             lr: t.lr.unwrap_or(lr),
             adam_lr: t.adam_lr.unwrap_or(adam_lr),
@@ -442,6 +521,9 @@ impl Overrides {
             telemetry: t.telemetry.unwrap_or(Telemetry::Fast),
             checkpoint_every: t.checkpoint_every.unwrap_or(500),
             keep: t.keep.unwrap_or(3),
+            rope_base: s.rope_base.unwrap_or_else(rope_base),
+            norm_eps: s.norm_eps.unwrap_or_else(norm_eps),
+            ranks: s.ranks.unwrap_or_default(),
         };
         config.check()?;
         Ok(config)
@@ -479,17 +561,61 @@ impl Config {
         Ok(config)
     }
 
+    /// The configuration of a new run that starts from the weights of a checkpoint with this one: its shape, the rest as `asked`.
+    /// Context and method are the checkpoint's too where nothing else is asked for.
+    ///
+    /// # Errors
+    /// A value that contradicts the shape; a method for pairs where the checkpoint has whole matrices, or the other way round.
+    pub fn begun_with(&self, asked: &Overrides) -> Result<Config> {
+        let mut recorded = table(self)?;
+        recorded.retain(|key, _| FROM_CHECKPOINT.contains(&key) || SHAPE.contains(&key) || key == "context");
+        let base = Overrides::from_toml(&recorded.to_string())?;
+        let mut asked = asked.over(&base)?;
+        let method = *asked.model.method.get_or_insert(self.method);
+        let config = asked.resolve()?;
+        let (mut ours, now) = (table(self)?, table(&config)?);
+        ours.retain(|key, _| key != "context");
+        for key in FROM_CHECKPOINT.iter().chain(&SHAPE) {
+            if ours.get(*key) != now.get(*key) {
+                let show =
+                    |table: &Table| table.get(*key).map_or("the default".into(), toml::Value::to_string);
+                return Err(Error::new(format!(
+                    "--from starts from a model whose `{key}` is {}, {} was asked for; leave it out",
+                    show(&ours),
+                    show(&now)
+                )));
+            }
+        }
+        let (asked, there) = (name(method), name(self.method));
+        match (config.factored(), self.factored()) {
+            (true, false) => Err(Error::new(format!(
+                "--from: the checkpoint's matrices are whole ({there}), --method {asked} trains factor pairs; \
+                 make pairs of them first with `rankgrad rank`, or take a dense method"
+            ))),
+            (false, true) => Err(Error::new(format!(
+                "--from: the checkpoint's matrices are factor pairs ({there}), --method {asked} trains whole ones; \
+                 multiply them out first with `rankgrad merge`, or take a method for pairs"
+            ))),
+            _ => Ok(config),
+        }
+    }
+
     /// Whether the blocks' matrices are factor pairs.
     pub fn factored(&self) -> bool {
         !matches!(entry::<Cpu<f32>>(self.method).matrices, Matrices::Dense(_))
     }
 
-    /// Rank of the factors of an m×n matrix.
-    pub fn rank(&self, m: usize, n: usize) -> usize {
-        (self.rank_ratio * m.min(n) as f64).floor() as usize
+    /// Rank of the factors of the m×n matrix of this name.
+    pub fn rank(&self, name: &str, [m, n]: [usize; 2]) -> usize {
+        let by_ratio = || (self.rank_ratio * m.min(n) as f64).floor() as usize;
+        self.ranks.get(name).copied().unwrap_or_else(by_ratio)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Whether a model can be made of these values.
+    ///
+    /// # Errors
+    /// A value that is out of range or does not fit another, with what would fit.
+    pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(message));
         for (key, value) in [
             ("steps", self.steps),
@@ -556,8 +682,25 @@ impl Config {
                 1.0 / narrowest as f64
             ));
         }
+        for (name, rank) in &self.ranks {
+            let Some((_, [m, n])) = matrices(self).into_iter().find(|(known, _)| known == name) else {
+                return fail(format!("ranks: the model has no matrix `{name}`"));
+            };
+            let full = m.min(n);
+            if !(1..=full).contains(rank) {
+                return fail(format!("ranks: that of `{name}` [{m}, {n}] is {rank}: it must be 1 to {full}"));
+            }
+        }
+        for (key, value) in [("rope_base", self.rope_base), ("norm_eps", self.norm_eps)] {
+            if !(value.is_finite() && value > 0.0) {
+                return fail(format!("{key} is {value}: it must be finite and positive"));
+            }
+        }
         if self.vocab < 256 {
-            return fail(format!("vocab is {}: tokens are bytes, so it must be at least 256", self.vocab));
+            return fail(format!(
+                "vocab is {}: it must be at least 256, for every byte to be a token",
+                self.vocab
+            ));
         }
         if self.warmup > self.steps {
             return fail(format!("warmup = {} is longer than steps = {}", self.warmup, self.steps));
@@ -663,6 +806,10 @@ mod tests {
             ("warmup = 2001", "warmup = 2001 is longer than steps = 2000"),
             ("beta2 = 1.0", "beta2 is 1: it must be in [0, 1)"),
             ("vocab = 100", "at least 256"),
+            ("norm_eps = 0", "norm_eps is 0: it must be finite and positive"),
+            ("[ranks]\n\"blocks.4.q\" = 3", "the model has no matrix `blocks.4.q`"),
+            ("[ranks]\n\"blocks.3.down\" = 129", "`blocks.3.down` [128, 352] is 129: it must be 1 to 128"),
+            ("[ranks]\n\"blocks.0.q\" = 0", "is 0: it must be 1 to 128"),
             ("stepz = 3", "unknown key `stepz`; did you mean `steps`?"),
             ("rank-ratio = 0.5", "did you mean `rank_ratio`?"),
             ("quux = 3", "unknown key `quux`; there are: preset, method"),
@@ -696,11 +843,50 @@ mod tests {
     }
 
     #[test]
+    fn a_run_from_a_checkpoint_has_its_shape() {
+        let recorded = resolve(
+            "dim = 64\ncontext = 32\nlr = 0.5\nsteps = 7\nmethod = \"muon-factors\"\nrope_base = 5e5\n\
+             [ranks]\n\"blocks.0.q\" = 5",
+        )
+        .unwrap();
+        let ask = |toml| recorded.begun_with(&Overrides::from_toml(toml).unwrap());
+        let c = ask("").unwrap();
+        assert_eq!((c.dim, c.context, c.rope_base, c.ranks["blocks.0.q"]), (64, 32, 5e5, 5));
+        assert_eq!((c.method, c.lr, c.steps), (Method::MuonFactors, 0.01, 2000)); // defaults, not the values there
+        let c = ask("dim = 64\ncontext = 16\nmethod = \"adamw\"\nseed = 5").unwrap();
+        assert_eq!((c.context, c.method, c.seed), (16, Method::Adamw, 5));
+        for (toml, says) in [
+            ("dim = 128", "`dim` is 64, 128 was asked for"),
+            ("tie = true", "`tie` is false, true"),
+            ("preset = \"small\"", "`preset` is \"tiny\", \"small\""),
+            ("rank_ratio = 0.5", "`rank_ratio` is 0.25, 0.5"),
+            ("rope_base = 1e4", "`rope_base` is 500000.0, the default"),
+            ("method = \"dense-muon\"", "rankgrad merge"),
+        ] {
+            let error = ask(toml).unwrap_err().to_string();
+            assert!(error.contains(says), "{toml}: {error}");
+        }
+        let dense = resolve("method = \"dense-adamw\"").unwrap();
+        let error = dense.begun_with(&Overrides::from_toml("method = \"spectron\"").unwrap()).unwrap_err();
+        assert!(error.to_string().contains("rankgrad rank"), "{error}");
+        assert_eq!(dense.begun_with(&Overrides::default()).unwrap().method, Method::DenseAdamw);
+    }
+
+    #[test]
     fn file_flags_and_record_have_the_same_keys() {
+        let absent = ["out", "tokenizer"]; // not recorded at all; not recorded where there is none
         let flags = Overrides::augment_args(clap::Command::new(""));
         let flags: Vec<&str> =
-            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| *k != "out").collect();
-        let mut record: Vec<String> = table(&resolve("").unwrap()).unwrap().keys().cloned().collect();
+            flags.get_arguments().map(|a| a.get_id().as_str()).filter(|k| !absent.contains(k)).collect();
+        // what is recorded only where it is not the default has no flag, and is read from files
+        let with_shape = resolve("rope_base = 5e5\nnorm_eps = 1e-6\n[ranks]\n\"blocks.0.q\" = 5").unwrap();
+        let recorded = |c: &Config| table(c).unwrap().keys().cloned().collect::<Vec<String>>();
+        let mut record = recorded(&resolve("").unwrap());
+        let beyond: Vec<String> =
+            recorded(&with_shape).into_iter().filter(|key| !record.contains(key)).collect();
+        assert_eq!(beyond.len(), SHAPE.len());
+        assert!(SHAPE.iter().all(|key| beyond.iter().any(|b| b == key) && !flags.contains(key)));
+        assert_eq!(resolve(&with_shape.to_toml().unwrap()).unwrap(), with_shape);
         record.sort();
         let mut flags: Vec<String> = flags.into_iter().map(str::to_owned).collect();
         flags.sort();

@@ -1,7 +1,7 @@
 //! `export`: a checkpoint's model as files that other programs read, in the layout of Hugging Face's Llama.
 //!
 //! W = ABᵀ is multiplied out, or, with `--factorized`, kept as two tensors. The model's rotary positions, norms and SwiGLU
-//! are Llama's own, so names and one JSON file are all that changes. Not here: reading such files.
+//! are Llama's own, so names and one JSON file are all that changes. Reading such files: import.rs.
 //! Letters: m outputs, n inputs, r rank.
 
 use std::collections::HashMap;
@@ -17,8 +17,8 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{ExportArgs, Layout};
 use crate::config::{Config, name};
 use crate::error::{Error, Result, cannot};
-use crate::model::{NORM_EPS, ROPE_BASE};
-use crate::trainer::load_model;
+use crate::tokens::byte_letters;
+use crate::trainer::{load_model, without_guides};
 
 /// Writes a directory, whole or not at all.
 ///
@@ -27,15 +27,10 @@ use crate::trainer::load_model;
 pub fn export(args: &ExportArgs) -> Result<()> {
     let Layout::HfLlama = args.to;
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
+    let tokenizer = checkpoint.tokenizer.clone();
     let config = checkpoint.meta.config.clone();
+    without_guides(&checkpoint, &args.checkpoint)?;
     let (_, params) = load_model(&Cpu::default(), checkpoint)?;
-    if params.hidden_names.iter().any(|name| name.ends_with(".guide")) {
-        return Err(Error::new(format!(
-            "{} still has the guides of {}, which are no part of the final model; export a checkpoint of its second half",
-            args.checkpoint.display(),
-            name(config.method)
-        )));
-    }
     if args.factorized && params.pair_names.is_empty() {
         let method = name(config.method);
         return Err(Error::new(format!(
@@ -44,15 +39,19 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     }
     let tensors = tensors(&params, args.factorized)?;
     let count: usize = tensors.iter().map(|(_, x)| x.len()).sum();
-    let files = files(&config, &tensors, args.factorized)?;
+    let mut files = files(&config, &tensors, args.factorized)?;
+    if let Some(text) = tokenizer {
+        files.retain(|(name, _)| *name != "tokenizer.json");
+        files.push(("tokenizer.json", text.into_bytes()));
+    }
     write_directory(&args.directory, &files)?;
     let what = if args.factorized { "factor pairs" } else { "merged" };
     crate::say!("{}: {} tensors, {count} parameters ({what})", args.directory.display(), tensors.len());
     Ok(())
 }
 
-/// Names and contents of all files.
-fn files(
+/// Names and contents of all files; the tokenizer is that of bytes.
+pub fn files(
     config: &Config,
     tensors: &[(String, Tensor<Cpu<f32>>)],
     factorized: bool,
@@ -71,7 +70,7 @@ fn files(
 }
 
 /// What Hugging Face's Llama calls our parameters; None: no such name.
-fn llama_name(own: &str) -> Option<String> {
+pub fn llama_name(own: &str) -> Option<String> {
     Some(match own {
         "embedding" => "model.embed_tokens.weight".into(),
         "norm" => "model.norm.weight".into(),
@@ -96,7 +95,7 @@ fn llama_name(own: &str) -> Option<String> {
 }
 
 /// All parameters under the names of Llama; factors, where they are kept, as NAME.A and NAME.B.
-fn tensors(params: &Params<Cpu<f32>>, factorized: bool) -> Result<Vec<(String, Tensor<Cpu<f32>>)>> {
+pub fn tensors(params: &Params<Cpu<f32>>, factorized: bool) -> Result<Vec<(String, Tensor<Cpu<f32>>)>> {
     let known = |own: &String| {
         llama_name(own).ok_or_else(|| Error::new(format!("Llama has no tensor for the parameter `{own}`")))
     };
@@ -148,9 +147,9 @@ fn config_json(c: &Config) -> serde_json::Value {
         "head_dim": c.dim / c.heads,
         "max_position_embeddings": c.context,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_BASE,
-        "rope_parameters": { "rope_type": "default", "rope_theta": ROPE_BASE }, // where newer versions look
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_base,
+        "rope_parameters": { "rope_type": "default", "rope_theta": c.rope_base }, // where newer versions look
         "attention_bias": false,
         "mlp_bias": false,
         "tie_word_embeddings": c.tie,
@@ -191,16 +190,6 @@ fn tokenizer_config_json(c: &Config) -> serde_json::Value {
     })
 }
 
-/// The letter that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2): the byte's own where it can be seen, else
-/// the next beyond 255.
-fn byte_letters() -> impl Iterator<Item = char> {
-    let mut next = 256..;
-    (0..=255u8).map(move |byte| match byte {
-        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
-        _ => next.next().and_then(char::from_u32).expect("letters up to 323"),
-    })
-}
-
 const FACTORIZED_README: &str = "\
 # Factor pairs
 
@@ -222,11 +211,23 @@ const FACTORIZED_README: &str = "\
 In PyTorch a layer of its own keeps them apart: y = (x @ B) @ A.T, 2·rank·(inputs + outputs) FLOPs a token.
 ";
 
-/// Writes files into a directory that must not exist yet, under another name first: whoever finds it finds all of it.
-fn write_directory(directory: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
-    if directory.exists() {
-        return Err(Error::new(format!("{} exists; choose a new directory", directory.display())));
+/// A directory that is to be written must not exist yet.
+///
+/// # Errors
+/// It does.
+pub fn must_be_new(directory: &Path) -> Result<()> {
+    match directory.exists() {
+        true => Err(Error::new(format!("{} exists; choose a new directory", directory.display()))),
+        false => Ok(()),
     }
+}
+
+/// Writes files into a directory that must not exist yet, under another name first: whoever finds it finds all of it.
+///
+/// # Errors
+/// A directory that exists, a full disk.
+pub fn write_directory(directory: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
+    must_be_new(directory)?;
     let mut unfinished = directory.as_os_str().to_owned();
     unfinished.push(".writing");
     let unfinished = PathBuf::from(unfinished);
@@ -287,15 +288,5 @@ mod tests {
             assert_eq!(rows.len() * config.vocab, ours.len());
             assert!(worst < 1e-4, "{worst:e}"); // logits of a few units, in f32 on both sides
         }
-    }
-
-    /// Published in GPT-2's vocabulary: space is Ġ, newline Ċ, and the soft hyphen, the last without a letter of its own, Ń.
-    #[test]
-    fn bytes_have_gpt2s_letters() {
-        let letters: Vec<char> = byte_letters().collect();
-        assert_eq!((letters[0], letters[10], letters[32]), ('Ā', 'Ċ', 'Ġ'));
-        assert_eq!((letters[b'A' as usize], letters[0xad], letters[0xff]), ('A', 'Ń', 'ÿ'));
-        let distinct: std::collections::BTreeSet<char> = letters.iter().copied().collect();
-        assert_eq!(distinct.len(), 256);
     }
 }

@@ -14,6 +14,7 @@ use rankgrad::lowrank::{CERTIFICATE_EVERY, Orthogonaliser, upper_bound_flops};
 use crate::config::Config;
 use crate::guide;
 use crate::methods::{Matrices, entry};
+use crate::model::matrices;
 
 /// Per optimizer step, all micro-batches together.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,19 +35,18 @@ impl StepFlops {
     }
 }
 
-/// The shapes [m, n] of one block's matrices.
-fn matrices(c: &Config) -> [[usize; 2]; 7] {
-    let kv_dim = c.dim / c.heads * c.kv_heads;
-    let (square, narrow, wide) = ([c.dim, c.dim], [kv_dim, c.dim], [c.ffn, c.dim]);
-    [square, narrow, narrow, square, wide, wide, [c.dim, c.ffn]]
+/// Σ f(m, n, r) over the matrices of all blocks; r: the rank that a pair has there.
+fn sum(c: &Config, f: impl Fn(usize, usize, usize) -> f64) -> f64 {
+    matrices(c).iter().map(|(name, [m, n])| f(*m, *n, c.rank(name, [*m, *n]))).sum()
 }
 
 /// Trained numbers, the guides of self-guided training not counted: they are gone at the end.
 pub fn parameters(c: &Config) -> usize {
-    let matrix = |[m, n]: [usize; 2]| if c.factored() { c.rank(m, n) * (m + n) } else { m * n };
+    let matrix = |m, n, r| if c.factored() { r * (m + n) } else { m * n };
+    let blocks = sum(c, |m, n, r| matrix(m, n, r) as f64) as usize;
     let tables = if c.tie { 1 } else { 2 };
     let gains = (2 * c.layers + 1) * c.dim;
-    c.layers * matrices(c).into_iter().map(matrix).sum::<usize>() + tables * c.vocab * c.dim + gains
+    blocks + tables * c.vocab * c.dim + gains
 }
 
 /// FLOPs of one step of training under `c`.
@@ -54,34 +54,33 @@ pub fn step_flops(c: &Config) -> StepFlops {
     let entry = entry::<rankgrad::tensor::Cpu<f32>>(c.method);
     let tokens = (c.accumulate * c.batch * c.context) as f64;
     let layers = c.layers as f64;
-    let sum = |f: &dyn Fn(usize, usize) -> f64| -> f64 { matrices(c).iter().map(|&[m, n]| f(m, n)).sum() };
 
-    let dense = sum(&|m, n| 2.0 * (m * n) as f64); // per token and block
-    let factored = sum(&|m, n| 2.0 * (c.rank(m, n) * (m + n)) as f64);
+    let dense = sum(c, |m, n, _| 2.0 * (m * n) as f64); // per token
+    let factored = sum(c, |m, n, r| 2.0 * (r * (m + n)) as f64);
     let products = if c.factored() { factored } else { dense };
     // q·kᵀ and p·v, over the (T + 1)/2 keys that a query sees on average
     let attention = 2.0 * 2.0 * c.dim as f64 * 0.5 * (c.context + 1) as f64;
     let head = 2.0 * (c.vocab * c.dim) as f64;
-    let forward = tokens * (layers * (products + attention) + head);
+    let forward = tokens * (products + layers * attention + head);
 
     let tables = if c.tie { 1 } else { 2 };
     let rest = adamw(tables * c.vocab + 2 * c.layers + 1, c.dim); // tables and gains
-    let moves = sum(&|m, n| match c.factored() {
-        true => (entry.flops)(m, c.rank(m, n)) + (entry.flops)(n, c.rank(m, n)),
+    let moves = sum(c, |m, n, r| match c.factored() {
+        true => (entry.flops)(m, r) + (entry.flops)(n, r),
         false => (entry.flops)(m, n),
     });
     let guide_products = match entry.matrices {
-        Matrices::Guided { .. } => 3.0 * tokens * layers * dense,
+        Matrices::Guided { .. } => 3.0 * tokens * dense,
         _ => 0.0,
     };
     let guide = match entry.matrices {
         Matrices::Guided { skip } => {
             let [exist, computed] = guide::shares(c, skip);
-            computed * guide_products + exist * layers * sum(&adamw)
+            computed * guide_products + exist * sum(c, |m, n, _| adamw(m, n))
         }
         _ => 0.0,
     };
-    StepFlops { forward, backward: 2.0 * forward, optimizer: layers * moves + rest, guide, guide_products }
+    StepFlops { forward, backward: 2.0 * forward, optimizer: moves + rest, guide, guide_products }
 }
 
 /// What an op does in one step, forward and backward.
@@ -98,9 +97,7 @@ pub enum Work {
 pub fn op_work(c: &Config) -> BTreeMap<&'static str, Work> {
     let layers = c.layers as f64;
     let tokens = (c.accumulate * c.batch * c.context) as f64;
-    let sum = |f: &dyn Fn(usize, usize) -> usize| -> f64 {
-        matrices(c).iter().map(|&[m, n]| 2.0 * f(m, n) as f64).sum::<f64>() * layers * tokens
-    };
+    let flops = |f: fn(usize, usize, usize) -> usize| sum(c, |m, n, r| 2.0 * f(m, n, r) as f64) * tokens;
     let float = |numbers: usize| 4.0 * tokens * numbers as f64;
     let (kv_dim, norms) = (c.dim / c.heads * c.kv_heads, 2.0 * layers + 1.0);
     let head = 2.0 * tokens * (c.vocab * c.dim) as f64;
@@ -116,10 +113,10 @@ pub fn op_work(c: &Config) -> BTreeMap<&'static str, Work> {
     ]);
     let products = |forward: f64| Work::Flops([forward, 2.0 * forward]);
     if c.factored() {
-        work.insert("lowrank_linear", products(sum(&|m, n| c.rank(m, n) * (m + n))));
+        work.insert("lowrank_linear", products(flops(|m, n, r| r * (m + n))));
     }
     if !matches!(entry::<rankgrad::tensor::Cpu<f32>>(c.method).matrices, Matrices::Guided { .. }) {
-        let whole = if c.factored() { 0.0 } else { sum(&|m, n| m * n) };
+        let whole = if c.factored() { 0.0 } else { flops(|m, n, _| m * n) };
         work.insert("linear", products(head + whole));
         work.insert("add", Work::Bytes([6.0 * layers * float(c.dim), 0.0])); // its backward shares one gradient
     }
@@ -279,10 +276,14 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_model() {
-        for method in [Method::Spectron, Method::DenseMuon] {
-            let c = Config { tie: method == Method::Spectron, kv_heads: 1, ..config(method) };
+        for (method, q) in [(Method::Spectron, 4), (Method::Spectron, 7), (Method::DenseMuon, 4)] {
+            let ranks = [("blocks.0.q".to_owned(), q)].into();
+            let c = Config { tie: method == Method::Spectron, kv_heads: 1, ranks, ..config(method) };
             let (_, params) = crate::model::Model::new(&rankgrad::tensor::Cpu::<f32>::default(), &c);
             assert_eq!(parameters(&c), params.count());
+            let products = step_flops(&c).forward - step_flops(&config(method)).forward;
+            // three more columns in two factors of 8 rows, 12 tokens
+            assert_eq!(products, 12.0 * 2.0 * ((q - 4) * 16) as f64);
         }
     }
 

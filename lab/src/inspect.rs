@@ -1,6 +1,6 @@
 //! `eval` and `inspect`: what a checkpoint is worth, and what its matrices look like.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rankgrad::lowrank::{Accuracy, FactorPair, MatrixTelemetry, Params, matrix_telemetry, pair_telemetry};
 use rankgrad::tensor::{Cpu, Tensor};
@@ -13,13 +13,14 @@ use crate::data::Corpus;
 use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::run::{MatrixRecord, Record, Telemetry, read_metrics};
-use crate::trainer::{Trainer, load_model};
+use crate::tokens::Tokenizer;
+use crate::trainer::{load_model, validate};
 
 #[derive(Serialize)]
 struct Evaluation {
     /// Nats per token.
     val_loss: f64,
-    val_bits_per_byte: f64,
+    val_bits_per_byte: Option<f64>,
     tokens: u64,
 }
 
@@ -29,32 +30,48 @@ struct Evaluation {
 /// A checkpoint or data that cannot be used.
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
-    let mut config = checkpoint.meta.config.clone();
-    if !args.data.is_empty() {
-        (config.data, config.val_data) = (args.data.clone(), vec![]);
-    }
-    if !args.val_data.is_empty() {
-        config.val_data = args.val_data.clone();
-    }
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
+    let config = checkpoint.meta.config.clone();
+    let corpus = corpus(&config, &checkpoint.tokenizer()?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
         on_device!(device::open(args.on.device)?, |device| {
-            let mut trainer = Trainer::new(&device, &config);
-            trainer.restore(checkpoint)?;
-            Ok::<_, Error>(trainer.validate(&corpus, args.batches))
+            let (model, params) = load_model(&device, checkpoint)?;
+            Ok::<_, Error>(validate(&config, &model, &params, &corpus, args.batches))
         })
     })?;
-    let evaluation = Evaluation { val_loss, val_bits_per_byte: val_loss / std::f64::consts::LN_2, tokens };
+    let evaluation = Evaluation { val_loss, val_bits_per_byte: corpus.bits_per_byte(val_loss), tokens };
     if args.json {
         crate::say!("{}", serde_json::to_string(&evaluation).expect("plain values"));
     } else {
         crate::say!("data: {}", corpus.summary);
-        let bits = evaluation.val_bits_per_byte;
-        crate::say!(
-            "validation loss {val_loss:.4} nats per token, {bits:.4} bits per byte, over {tokens} tokens"
-        );
+        let bits = bits(evaluation.val_bits_per_byte);
+        crate::say!("validation loss {val_loss:.4} nats per token{bits}, over {tokens} tokens");
     }
     Ok(())
+}
+
+/// ", X bits per byte", or nothing where that is not known.
+pub fn bits(per_byte: Option<f64>) -> String {
+    per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits per byte"))
+}
+
+/// The data of a run's configuration, or what flags name instead.
+///
+/// # Errors
+/// Those of [`Corpus::load`].
+pub fn corpus(
+    config: &Config,
+    tokenizer: &Tokenizer,
+    data: &[PathBuf],
+    val_data: &[PathBuf],
+) -> Result<Corpus> {
+    let (mut of_run, mut val_of_run) = (&config.data[..], &config.val_data[..]);
+    if !data.is_empty() {
+        (of_run, val_of_run) = (data, &[]);
+    }
+    if !val_data.is_empty() {
+        val_of_run = val_data;
+    }
+    Corpus::load(of_run, val_of_run, config.context, tokenizer)?.fits(config.vocab)
 }
 
 /// One factor pair: its spectra, and what the last step with telemetry did to it.

@@ -1,8 +1,9 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
-//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data,
-//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; study/ compares many runs,
-//! report/ shows them. Here: one function call per command, and one place where an error reaches the person.
+//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, tokens,
+//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; import brings models in,
+//! ranks changes their ranks; study/ compares many runs, report/ shows them; pack makes token files (shards) of text.
+//! Here: one function call per command, and one place where an error reaches the person.
 
 mod bench;
 mod checkpoint;
@@ -15,14 +16,19 @@ mod export;
 mod flops;
 mod generate;
 mod guide;
+mod import;
 mod inspect;
 mod methods;
 mod model;
+mod pack;
 mod plot;
 mod progress;
+mod ranks;
 mod report;
 mod run;
+mod shards;
 mod study;
+mod tokens;
 mod train;
 mod trainer;
 
@@ -30,7 +36,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, DataCommand, TokenizerCommand};
 use crate::error::Result;
 
 fn main() -> ExitCode {
@@ -40,9 +46,14 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::generate(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Export(args) => export::export(&args),
+        Command::Import(args) => import::import(&args),
+        Command::Rank(args) => ranks::rank(&args),
+        Command::Merge(args) => ranks::merge(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Tokenizer(TokenizerCommand::Train(args)) => tokens::train(&args),
+        Command::Data(DataCommand::Pack(args)) => pack::pack(&args),
         Command::Devices => device::devices(),
     };
     match outcome {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rankgrad::autograd::{Rope, Var};
-use rankgrad::lowrank::{Dense, Hidden, Pair, PairInit, ParamVars, Params, gaussian, init_pair};
+use rankgrad::lowrank::{Dense, FactorPair, Hidden, Pair, PairInit, ParamVars, Params, gaussian, init_pair};
 use rankgrad::tensor::{Attention, Backend, Tensor};
 
 use crate::config::{Config, Init};
@@ -21,8 +21,23 @@ use crate::methods::{Matrices, entry};
 
 pub use decode::{Cache, Weights};
 
-pub const NORM_EPS: f64 = 1e-5;
-pub const ROPE_BASE: f64 = 10_000.0;
+/// Name and shape [m, n] of the matrices of all blocks, in the order of the model.
+pub fn matrices(c: &Config) -> Vec<(String, [usize; 2])> {
+    let Config { dim, ffn, .. } = *c;
+    let kv_dim = dim / c.heads * c.kv_heads;
+    let (square, narrow, wide) = ([dim, dim], [kv_dim, dim], [ffn, dim]);
+    let block = [
+        ("q", square),
+        ("k", narrow),
+        ("v", narrow),
+        ("o", square),
+        ("gate", wide),
+        ("up", wide),
+        ("down", [dim, ffn]),
+    ];
+    let of = |i: usize| block.map(|(part, shape)| (format!("blocks.{i}.{part}"), shape));
+    (0..c.layers).flat_map(of).collect()
+}
 
 /// A hidden layer: x·Wᵀ.
 #[derive(Clone, Copy)]
@@ -70,6 +85,7 @@ pub struct Model<B: Backend> {
     /// The embedding again if the two are tied.
     head: Dense,
     rope: Arc<Rope<B>>,
+    norm_eps: f64,
     heads: usize,
     kv_heads: usize,
     context: usize,
@@ -77,12 +93,12 @@ pub struct Model<B: Backend> {
     pub guides: Vec<f64>,
 }
 
-/// Adds parameters one by one, drawing each from the same generator.
+/// Adds parameters one by one, drawing each from the same generator; without one, all but the gains are zero.
 struct Builder<'a, B: Backend> {
     device: &'a B,
     config: &'a Config,
     params: Params<B>,
-    rng: ChaCha8Rng,
+    rng: Option<ChaCha8Rng>,
 }
 
 impl<B: Backend> Builder<'_, B> {
@@ -93,8 +109,15 @@ impl<B: Backend> Builder<'_, B> {
 
     fn table(&mut self, name: &str) -> Dense {
         let Config { vocab, dim, init_std, .. } = *self.config;
-        let table = gaussian(self.device, &mut self.rng, [vocab, dim], init_std); // [v, d]
+        let table = self.gaussian([vocab, dim], init_std); // [v, d]
         self.params.dense(name, table)
+    }
+
+    fn gaussian(&mut self, shape: [usize; 2], std: f64) -> Tensor<B> {
+        match &mut self.rng {
+            Some(rng) => gaussian(self.device, rng, shape, std), // of `shape`
+            None => Tensor::zeros(self.device, shape),           // of `shape`
+        }
     }
 
     /// A hidden matrix [m, n]; `residual`: its output is added to the residual stream.
@@ -105,7 +128,7 @@ impl<B: Backend> Builder<'_, B> {
         let zero = residual && zero_init_output;
         if !self.config.factored() {
             let std = if zero { 0.0 } else { std };
-            let w = gaussian(self.device, &mut self.rng, [m, n], std); // [m, n]
+            let w = self.gaussian([m, n], std); // [m, n]
             return Linear::Whole(self.params.hidden(name, w));
         }
         let init = match init {
@@ -113,7 +136,12 @@ impl<B: Backend> Builder<'_, B> {
             Init::Spectral => PairInit::Spectral,
             Init::Orthogonal => PairInit::Orthogonal,
         };
-        let pair = init_pair(self.device, &mut self.rng, [m, n], self.config.rank(m, n), std, init); // [m, r], [n, r]
+        let r = self.config.rank(name, [m, n]);
+        let zeros = |rows| Tensor::zeros(self.device, [rows, r]); // [rows, r]
+        let pair = match &mut self.rng {
+            Some(rng) => init_pair(self.device, rng, [m, n], r, std, init), // [m, r], [n, r]
+            None => FactorPair::new(zeros(m), zeros(n)),                    // [m, r], [n, r]
+        };
         if let Matrices::Guided { .. } = entry::<B>(self.config.method).matrices {
             let guide = self.params.hidden(format!("{name}.guide"), pair.to_dense()); // [m, n]
             return Linear::Guided(self.params.pair(name, pair), guide);
@@ -125,9 +153,17 @@ impl<B: Backend> Builder<'_, B> {
 impl<B: Backend> Model<B> {
     /// The model that `config` describes, and its parameters, drawn from `config.seed`.
     pub fn new(device: &B, config: &Config) -> (Self, Params<B>) {
+        Self::build(device, config, Some(ChaCha8Rng::seed_from_u64(config.seed)))
+    }
+
+    /// The same with matrices of zeros, for values that are read: to draw those of a large model takes minutes.
+    pub fn blank(device: &B, config: &Config) -> (Self, Params<B>) {
+        Self::build(device, config, None)
+    }
+
+    fn build(device: &B, config: &Config, rng: Option<ChaCha8Rng>) -> (Self, Params<B>) {
         let Config { dim, ffn, heads, kv_heads, layers, context, .. } = *config;
         let kv_dim = dim / heads * kv_heads;
-        let rng = ChaCha8Rng::seed_from_u64(config.seed);
         let mut make = Builder { device, config, params: Params::default(), rng };
         let embedding = make.table("embedding");
         let block = |i: usize| Block {
@@ -144,10 +180,12 @@ impl<B: Backend> Model<B> {
         let blocks = (0..layers).map(block).collect();
         let norm = make.gain("norm");
         let head = if config.tie { embedding } else { make.table("head") };
-        let rope = Arc::new(Rope::new(device, context, dim / heads, ROPE_BASE)); // [T, h]
+        let rope = Arc::new(Rope::new(device, context, dim / heads, config.rope_base)); // [T, h]
         let mut params = make.params;
+        let norm_eps = config.norm_eps;
+        let guides = Vec::new();
         let mut model =
-            Self { embedding, blocks, norm, head, rope, heads, kv_heads, context, guides: Vec::new() };
+            Self { embedding, blocks, norm, head, rope, norm_eps, heads, kv_heads, context, guides };
         model.guide_at(0, config, &mut params);
         (model, params)
     }
@@ -185,10 +223,10 @@ impl<B: Backend> Model<B> {
         let guides = &self.guides[..];
         let mut x = w[self.embedding].embedding(tokens); // [N, d]
         for (i, block) in self.blocks.iter().enumerate() {
-            let h = x.rms_norm(w[block.attention_norm], NORM_EPS); // [N, d]
+            let h = x.rms_norm(w[block.attention_norm], self.norm_eps); // [N, d]
             let qkv = [block.q, block.k, block.v].map(|linear| linear.apply(w, h, guides)); // [N, heads·h], [N, kv_heads·h] × 2
             x = x + block.o.apply(w, attend(i, qkv), guides); // [N, d]
-            let h = x.rms_norm(w[block.ffn_norm], NORM_EPS); // [N, d]
+            let h = x.rms_norm(w[block.ffn_norm], self.norm_eps); // [N, d]
             let f = block.gate.apply(w, h, guides).swiglu(block.up.apply(w, h, guides)); // [N, f]
             x = x + block.down.apply(w, f, guides); // [N, d]
         }
@@ -197,7 +235,7 @@ impl<B: Backend> Model<B> {
 
     /// Logits [N, v] from the residual stream [N, d].
     fn logits_of<'t>(&self, w: &ParamVars<'t, B>, x: Var<'t, B>) -> Var<'t, B> {
-        x.rms_norm(w[self.norm], NORM_EPS).linear(w[self.head]) // [N, v]
+        x.rms_norm(w[self.norm], self.norm_eps).linear(w[self.head]) // [N, v]
     }
 
     /// Mean cross-entropy in nats per token, a tensor of shape \[1\].
@@ -210,7 +248,6 @@ impl<B: Backend> Model<B> {
     ) -> Var<'t, B> {
         self.logits(w, tokens, batch).cross_entropy(targets)
     }
-
     /// As [`Model::logits`], without keeping anything for a gradient: what others are compared with.
     #[cfg(test)]
     pub fn predict(&self, params: &Params<B>, tokens: &[u32], batch: usize) -> Tensor<B> {

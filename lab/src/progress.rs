@@ -1,4 +1,4 @@
-//! What the person sees during training: a bar on a terminal, a plain line now and then elsewhere. And Ctrl-C.
+//! What the person sees during training and other long work: a bar on a terminal, a plain line now and then elsewhere. And Ctrl-C.
 //!
 //! Everything goes to standard error: standard output is for results.
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// Time between plain lines.
 const PLAIN: Duration = Duration::from_secs(10);
 
-/// The state of one training run, shown.
+/// The state of one training run, or of other work in steps, shown.
 pub struct Progress {
     bar: ProgressBar,
     /// None: no plain lines (a terminal, or quiet).
@@ -50,11 +50,16 @@ impl Progress {
             counter.fetch_add(1, Ordering::Relaxed);
         }
         let message = format!("loss {loss:.4}  lr {lr:.2e}  {tokens_per_second:.0} tokens/s");
-        self.bar.set_position(step);
+        self.show("step", step, message);
+    }
+
+    /// At `position`; a plain line begins with `what` that counts.
+    pub fn show(&mut self, what: &str, position: u64, message: String) {
+        self.bar.set_position(position);
         if self.last_line.is_some_and(|at| at.elapsed() >= PLAIN) {
             self.last_line = Some(Instant::now());
             let left = self.bar.eta().as_secs();
-            eprintln!("step {step}/{}  {message}  {left} s left", self.bar.length().unwrap_or(0));
+            eprintln!("{what} {position}/{}  {message}  {left} s left", self.bar.length().unwrap_or(0));
         }
         self.bar.set_message(message);
     }

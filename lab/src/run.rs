@@ -84,7 +84,8 @@ pub struct MatrixRecord {
 pub struct Summary {
     /// Nats per token.
     pub val_loss: f64,
-    pub val_bits_per_byte: f64,
+    /// Null where files of tokens do not say what text they are of.
+    pub val_bits_per_byte: Option<f64>,
     /// Trained numbers.
     pub params: usize,
     pub tokens: u64,
@@ -351,7 +352,7 @@ mod tests {
         let run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
         let summary = Summary {
             val_loss: 1.7,
-            val_bits_per_byte: 2.45,
+            val_bits_per_byte: Some(2.45),
             params: 10,
             tokens: 768,
             seconds: 1.5,

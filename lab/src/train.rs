@@ -1,4 +1,4 @@
-//! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume.
+//! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume, starts from other weights.
 //!
 //! A study (study/) drives the same loop, many runs at a time. Not here: the step itself (trainer.rs).
 
@@ -15,36 +15,58 @@ use crate::device::{self, on_device};
 use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
+use crate::inspect::bits;
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
-use crate::trainer::{Trainer, schedule};
+use crate::tokens::Tokenizer;
+use crate::trainer::{Trainer, schedule, without_guides};
 
-/// Trains a new model, or continues a run.
+/// Trains a new model, from drawn weights or a checkpoint's, or continues a run.
 ///
 /// # Errors
 /// Bad configuration or data, a directory that cannot be used, a run that diverges.
 pub fn train(args: &TrainArgs) -> Result<()> {
     let asked = args.overrides.over_file(args.config.as_deref())?;
-    let (config, saved) = match &args.resume {
-        None => (asked.resolve()?, None),
-        Some(directory) => {
+    let (config, tokenizer, start) = match (&args.resume, &args.from) {
+        (None, None) => {
+            let (asked, tokenizer) = asked.with_tokenizer()?;
+            (asked.resolve()?, tokenizer, Start::New)
+        }
+        (Some(directory), _) => {
             let saved = Checkpoint::load(&checkpoint::find(directory)?)?;
-            (saved.meta.config.resumed_with(&asked)?, Some((directory, saved)))
+            if !saved.meta.trained_here() {
+                return Err(Error::new(format!(
+                    "{0} holds a model, not a run to continue; start one from its weights with --from {0}",
+                    directory.display()
+                )));
+            }
+            (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Start::Resume(Box::new(saved)))
+        }
+        (None, Some(path)) => {
+            let weights = Checkpoint::load(&checkpoint::find(path)?)?;
+            without_guides(&weights, path)?;
+            let (asked, mut tokenizer) = asked.with_tokenizer()?;
+            if asked.training.tokenizer.is_none() {
+                tokenizer = weights.tokenizer()?;
+            }
+            (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
     let opened = device::open(args.on.device)?;
-    let corpus = Corpus::load(&config.data, &config.val_data, config.context)?;
-    let (run, saved) = match saved {
-        None => (Run::create(&config)?, None),
-        Some((directory, saved)) => {
+    let corpus =
+        Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
+    let run = match (&start, &args.resume) {
+        (Start::Resume(saved), Some(directory)) => {
             same_corpus(&saved.meta, &corpus)?;
-            (Run::resume(directory, saved.meta.step)?, Some(saved))
+            Run::resume(directory, saved.meta.step)?
         }
+        _ => Run::create(&config)?,
     };
     catch_interrupts()?;
-    crate::pool(config.threads)?
-        .install(|| on_device!(opened, |device| train_on(&device, args, &config, &corpus, run, saved)))
+    crate::pool(config.threads)?.install(|| {
+        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, start))
+    })
 }
 
 /// The run, begun or gone on with, to its end or to where it is stopped.
@@ -52,11 +74,11 @@ fn train_on<B: Backend<Elem = f32>>(
     device: &B,
     args: &TrainArgs,
     config: &Config,
-    corpus: &Corpus,
+    (corpus, tokenizer): (&Corpus, &Tokenizer),
     run: Run,
-    saved: Option<Checkpoint>,
+    start: Start,
 ) -> Result<()> {
-    let mut training = Loop::new(device, config, corpus, run, saved)?;
+    let mut training = Loop::new(device, config, (corpus, tokenizer), run, start)?;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();
@@ -95,6 +117,16 @@ pub fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
     )))
 }
 
+/// Where a run begins.
+pub enum Start {
+    /// With drawn weights.
+    New,
+    /// With the weights of a checkpoint, and everything else new.
+    From(Box<Checkpoint>),
+    /// Where it stopped.
+    Resume(Box<Checkpoint>),
+}
+
 /// How far a run came.
 pub enum End {
     /// All steps are done and final.json is written.
@@ -109,6 +141,7 @@ pub enum End {
 pub struct Loop<'a, B: Backend> {
     config: &'a Config,
     corpus: &'a Corpus,
+    tokenizer: &'a Tokenizer,
     run: Run,
     trainer: Trainer<B>,
     /// Tokens, seconds and best loss so far.
@@ -116,24 +149,29 @@ pub struct Loop<'a, B: Backend> {
 }
 
 impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
-    /// A new run, or what `saved` continues.
+    /// The run at its start.
     ///
     /// # Errors
     /// A checkpoint that does not fit the configuration.
     pub fn new(
         device: &B,
         config: &'a Config,
-        corpus: &'a Corpus,
+        (corpus, tokenizer): (&'a Corpus, &'a Tokenizer),
         run: Run,
-        saved: Option<Checkpoint>,
+        start: Start,
     ) -> Result<Self> {
-        let mut trainer = Trainer::new(device, config);
         let mut meta = Meta::new(config, corpus);
-        if let Some(saved) = saved {
-            meta = Meta { config: config.clone(), ..saved.meta.clone() };
-            trainer.restore(saved)?;
-        }
-        Ok(Loop { config, corpus, run, trainer, meta })
+        let trainer = match start {
+            Start::New => Trainer::new(device, config),
+            Start::From(weights) => Trainer::from_weights(device, config, *weights)?,
+            Start::Resume(saved) => {
+                meta = Meta { config: config.clone(), ..saved.meta.clone() };
+                let mut trainer = Trainer::new(device, config);
+                trainer.restore(*saved)?;
+                trainer
+            }
+        };
+        Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
     /// Trains to the end, to the step `stop_after`, or to Ctrl-C.
@@ -215,7 +253,8 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     }
 
     fn save(&mut self) -> Result<PathBuf> {
-        let checkpoint = self.trainer.checkpoint(self.meta.clone());
+        let mut checkpoint = self.trainer.checkpoint(self.meta.clone());
+        checkpoint.tokenizer = self.tokenizer.json().map(str::to_owned);
         self.run.save(&checkpoint)
     }
 
@@ -231,7 +270,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
         let summary = Summary {
             val_loss,
-            val_bits_per_byte: val_loss / std::f64::consts::LN_2,
+            val_bits_per_byte: self.corpus.bits_per_byte(val_loss),
             params: self.trainer.params.count(),
             tokens: self.meta.tokens,
             seconds: self.meta.seconds,
@@ -258,17 +297,17 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         curve.validation.push((config.steps as f64, summary.val_loss));
         plot::losses(&directory.join("loss.svg"), &[curve])?;
         crate::say!(
-            "validation loss {:.4} nats per token, {:.4} bits per byte; {} tokens in {:.1} s, {:.0} tokens/s",
+            "validation loss {:.4} nats per token{}; {} tokens in {:.1} s, {:.0} tokens/s",
             summary.val_loss,
-            summary.val_bits_per_byte,
+            bits(summary.val_bits_per_byte),
             summary.tokens,
             summary.seconds,
             summary.tokens_per_second
         );
         crate::say!("{}: config.toml, metrics.jsonl, final.json, loss.svg, checkpoints", directory.display());
         if !quiet {
-            let sampling = Sampling { seed: config.seed, ..Sampling::default() };
-            let text = sample(&self.trainer.model, &self.trainer.params, "\n", &sampling);
+            let sampling = Sampling { seed: config.seed, tokenizer: self.tokenizer, ..Sampling::default() };
+            let text = sample(&self.trainer.model, &self.trainer.params, "\n", &sampling)?;
             crate::say!("--- a sample ---{text}");
         }
         Ok(())

@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rankgrad::autograd::{NonFinite, OpTime, Tape};
 use rankgrad::lowrank::{
-    Accuracy, AdamW, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, Values, clip_global_norm,
-    matrix_telemetry, pair_telemetry,
+    Accuracy, AdamW, FactorPair, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, Values,
+    clip_global_norm, matrix_telemetry, pair_telemetry,
 };
 use rankgrad::tensor::{Backend, Cpu, Tensor};
 use rayon::prelude::*;
@@ -254,23 +255,33 @@ impl<B: Backend> Trainer<B> {
         Error::new(format!("step {}: {what}", self.steps() + 1))
     }
 
-    /// Mean loss in nats per token over validation batches (`limit` 0: the whole split), and the tokens it is over.
+    /// As [`validate`], of the model as it stands.
     pub fn validate(&self, corpus: &Corpus, limit: usize) -> (f64, u64) {
-        let Config { batch, context, .. } = self.config;
-        let (mut sum, mut tokens) = (0.0, 0);
-        for b in corpus.validation_batches(batch, context, limit) {
-            let tape = Tape::new(&self.device);
-            let w = self.params.constants_on(&tape);
-            let loss = self.model.loss(&w, &b.inputs, &b.targets, b.rows).value().item();
-            sum += loss * b.inputs.len() as f64;
-            tokens += b.inputs.len() as u64;
-        }
-        (sum / tokens as f64, tokens)
+        validate(&self.config, &self.model, &self.params, corpus, limit)
     }
 }
 
+/// Mean loss in nats per token over validation batches (`limit` 0: the whole split), and the tokens it is over.
+pub fn validate<B: Backend>(
+    config: &Config,
+    model: &Model<B>,
+    params: &Params<B>,
+    corpus: &Corpus,
+    limit: usize,
+) -> (f64, u64) {
+    let (mut sum, mut tokens) = (0.0, 0);
+    for b in corpus.validation_batches(config.batch, config.context, limit) {
+        let tape = Tape::new(params.values.dense[0].device());
+        let w = params.constants_on(&tape);
+        let loss = model.loss(&w, &b.inputs, &b.targets, b.rows).value().item();
+        sum += loss * b.inputs.len() as f64;
+        tokens += b.inputs.len() as u64;
+    }
+    (sum / tokens as f64, tokens)
+}
+
 impl<B: Backend<Elem = f32>> Trainer<B> {
-    /// Everything that a continuation needs, bit for bit. `meta.step` is set here.
+    /// Everything that a continuation needs of the model, bit for bit. `meta.step` is set here; the tokenizer is the caller's.
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
         let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
         let params = self.params.names().zip(self.params.values.tensors());
@@ -279,7 +290,7 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
         let meta = Meta { step: self.optimizer.steps, ..meta };
         let state = self.optimizer.state();
         tensors.extend(state.into_iter().map(|(name, x)| (format!("opt.{name}"), host(x))));
-        Checkpoint { meta, tensors }
+        Checkpoint { meta, tokenizer: None, tensors }
     }
 
     /// Takes over the state of a checkpoint.
@@ -297,6 +308,27 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
     }
 }
 
+impl<B: Backend<Elem = f32>> Trainer<B> {
+    /// The initial state of a run that starts from a checkpoint's weights, and from nothing else of it: the optimizer is new.
+    /// Guides start as the products of their pairs, as always.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, or left over.
+    pub fn from_weights(device: &B, config: &Config, checkpoint: Checkpoint) -> Result<Self> {
+        let (model, mut params) = Model::blank(device, config);
+        let guided = matches!(entry::<B>(config.method).matrices, Matrices::Guided { .. });
+        let guides = if guided { std::mem::take(&mut params.values.hidden) } else { vec![] };
+        let guide_names = if guided { std::mem::take(&mut params.hidden_names) } else { vec![] };
+        restore_params(&mut params, checkpoint)?;
+        if !guides.is_empty() {
+            params.values.hidden = params.values.pairs.iter().map(FactorPair::to_dense).collect(); // [m, n] each
+            params.hidden_names = guide_names;
+        }
+        let optimizer = optimizer(config, &params);
+        Ok(Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None })
+    }
+}
+
 /// The model of a checkpoint, for use without further training.
 ///
 /// # Errors
@@ -306,10 +338,25 @@ pub fn load_model<B: Backend<Elem = f32>>(
     checkpoint: Checkpoint,
 ) -> Result<(Model<B>, Params<B>)> {
     let config = &checkpoint.meta.config;
-    let (mut model, mut params) = Model::new(device, config);
+    let (mut model, mut params) = Model::blank(device, config);
     model.guide_at(checkpoint.meta.step, config, &mut params);
     restore_params(&mut params, checkpoint)?;
     Ok((model, params))
+}
+
+/// Whether self-guided training is still in its first half, whose guides are no part of the final model.
+///
+/// # Errors
+/// It is: a sentence that says so of the checkpoint at `path`.
+pub fn without_guides(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
+    if checkpoint.tensors.keys().any(|name| name.starts_with("param.") && name.ends_with(".guide")) {
+        return Err(Error::new(format!(
+            "{} still has the guides of {}, which are no part of the final model; take a checkpoint of its second half",
+            path.display(),
+            config::name(checkpoint.meta.config.method)
+        )));
+    }
+    Ok(())
 }
 
 fn restore_params<B: Backend<Elem = f32>>(

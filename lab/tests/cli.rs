@@ -573,3 +573,259 @@ fn a_model_is_exported_whole_or_not_at_all() {
     assert!(desk.refused("export guided x").contains("still has the guides of self-guided"));
     assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
 }
+
+/// The weights of a run's newest checkpoint, names and bits.
+fn weights(desk: &Desk, run: &str) -> Vec<(String, Vec<u8>)> {
+    desk.tensors(run).into_iter().filter(|(name, _)| name.starts_with("param.")).collect()
+}
+
+fn val_loss(desk: &Desk, checkpoint: &str) -> f64 {
+    let evaluation = desk.ok(&format!("eval {checkpoint} --data text --json"));
+    serde_json::from_str::<Value>(&evaluation).unwrap()["val_loss"].as_f64().unwrap()
+}
+
+#[test]
+fn a_model_goes_out_comes_in_and_is_trained_on() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 150 --lr 0.05 --method spectron --kv-heads 1");
+    desk.ok("export run hf");
+    let table = desk.ok("import hf in --rank-ratio 0.5");
+    assert!(
+        table.contains("blocks.1.down") && table.contains("16×24") && table.contains("in: spectron"),
+        "{table}"
+    );
+    let trained = val_loss(&desk, "run");
+    // rank 0.5 to rank 0.5: nothing is lost but roundings, of a loss of about 1.5
+    assert!((val_loss(&desk, "in") - trained).abs() < 1e-5);
+    assert!(desk.ok("generate in --prompt 7 --tokens 5").starts_with('7'));
+    assert!(desk.ok("inspect in").contains("spectron after 0 steps"));
+    desk.ok("export in again");
+    assert!(
+        std::fs::read(desk.path("again/tokenizer.json")).unwrap()
+            == std::fs::read(desk.path("hf/tokenizer.json")).unwrap()
+    );
+    desk.ok("import again/model.safetensors whole --dense");
+    assert!((val_loss(&desk, "whole") - trained).abs() < 1e-5);
+    let report: Value = serde_json::from_str(&desk.ok("inspect whole --json")).unwrap();
+    assert_eq!(report["config"]["method"], "dense-muon");
+    desk.ok("import hf most --energy 0.9");
+    let report: Value = serde_json::from_str(&desk.ok("inspect most --json")).unwrap();
+    let ranks = report["config"]["ranks"].as_object().unwrap();
+    assert_eq!(ranks.len(), 2 * 7);
+    for pair in report["pairs"].as_array().unwrap() {
+        assert_eq!(pair["rank"], ranks[pair["name"].as_str().unwrap()]);
+    }
+
+    for (from, method) in [
+        ("in", "spectron"),
+        ("in", "self-guided"),
+        ("most", "adamw"),
+        ("whole", "dense-adamw"),
+        ("run", "lora-muon"),
+    ] {
+        let out = format!("{from}-{method}");
+        let flags =
+            format!("--data text --from {from} --method {method} --lr 0.001 --steps 40 --batch 4 --quiet");
+        let flags = format!("train {flags} --eval-every 0 --checkpoint-every 10 --keep 0");
+        desk.ok(&format!("{flags} --out {out} --threads 1"));
+        let first = format!("{out}/step-00000000.safetensors");
+        assert_eq!(std::fs::read_dir(desk.path(&out)).unwrap().count(), 4 + 5);
+        let (begun, there) = (val_loss(&desk, &first), val_loss(&desk, from));
+        // guides are products of the pairs, rounded; all else is the same model, whose loss is a mean over other batches
+        let allowed = if method == "self-guided" { 1e-5 } else { 1e-6 };
+        assert!((begun - there).abs() <= allowed, "{out}: {begun} {there}");
+        assert!(val_loss(&desk, &out) < there + 0.01, "{out}");
+        // stopped and resumed without the model that it started from
+        let parts = format!("{out}-parts");
+        desk.ok(&format!("{flags} --out {parts} --stop-after 15"));
+        std::fs::rename(desk.path(from), desk.path("away")).unwrap();
+        desk.ok(&format!("train --resume {parts} --quiet --threads 2"));
+        std::fs::rename(desk.path("away"), desk.path(from)).unwrap();
+        assert_eq!(desk.tensors(&out), desk.tensors(&parts), "{out}");
+    }
+    let recorded = std::fs::read_to_string(desk.path("most-adamw/config.toml")).unwrap();
+    assert!(recorded.contains("[ranks]") && recorded.contains("\"blocks.1.down\" = "), "{recorded}");
+    desk.ok("train --config most-adamw/config.toml --steps 1 --warmup 0 --quiet --out fresh"); // the same shape, drawn anew
+
+    for (line, says) in [
+        ("import hf in --dense", "in exists; choose a new directory"),
+        ("import hf x --rank-ratio 1.5", "--rank-ratio is 1.5: it must be in (0, 1]"),
+        ("import hf x --energy 0", "--energy is 0: it must be in (0, 1]"),
+        ("import hf x --rank-ratio 0.01", "a rank of 0; use at least"),
+        ("import nowhere x --dense", "cannot find the model nowhere"),
+        ("import run x --dense", "has neither model.safetensors"),
+        (
+            "train --resume in --data text",
+            "in holds a model, not a run to continue; start one from its weights with --from in",
+        ),
+        ("train --from in --data text --dim 32", "`dim` is 16, 32 was asked for"),
+        ("train --from in --data text --method dense-muon", "rankgrad merge"),
+        ("train --from whole --data text --method spectron", "rankgrad rank"),
+    ] {
+        let errors = desk.refused(line);
+        assert!(errors.contains(says), "{line}: expected {says:?} in\n{errors}");
+    }
+    assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
+}
+
+#[test]
+fn ranks_are_cut_and_pairs_merged() {
+    let desk = Desk::new();
+    desk.train("run", "--steps 150 --lr 0.05");
+    let before = val_loss(&desk, "run");
+    let shown = desk.ok("merge run whole --data text");
+    let losses = |shown: &str| -> [f64; 2] {
+        let line = shown.lines().find(|line| line.starts_with("validation loss")).unwrap();
+        let numbers: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        numbers.try_into().unwrap()
+    };
+    let [first, second] = losses(&shown);
+    assert!((first - before).abs() < 1e-4 && (second - before).abs() < 1e-4, "{shown}"); // printed with four digits
+    assert!((val_loss(&desk, "whole") - before).abs() < 1e-5);
+    // from pairs and from whole matrices, the same cut
+    let one = desk.ok("rank run cut --to-ratio 0.25 --data text");
+    let two = desk.ok("rank whole cut-whole --to-ratio 0.25 --data text");
+    assert!(
+        one.contains("blocks.0.q") && one.contains("whole model") && one.contains("cut: spectron, step 0"),
+        "{one}"
+    );
+    assert!(losses(&one)[1] > before);
+    assert!((losses(&one)[1] - losses(&two)[1]).abs() < 2e-4, "{one}{two}");
+    assert!((val_loss(&desk, "cut") - losses(&one)[1]).abs() < 1e-4);
+    // what the table says of a matrix: error² = dropped energy, parameters r·(m + n)
+    let row = one.lines().find(|line| line.starts_with("blocks.0.gate")).unwrap();
+    let cells: Vec<&str> = row.split_whitespace().collect();
+    let number = |i: usize| cells[i].parse::<f64>().unwrap();
+    assert_eq!((cells[1], cells[2], cells[5], cells[6]), ("24×16", "4", "320", "160"));
+    assert!((number(3).powi(2) / number(4) - 1.0).abs() < 2e-3, "{row}");
+    desk.ok("rank run most --energy 0.99");
+    desk.ok("rank run all --energy 1");
+    assert!((val_loss(&desk, "all") - before).abs() < 1e-5);
+    assert_eq!(weights(&desk, "all").len(), weights(&desk, "run").len());
+
+    desk.ok("train --config small.toml --data text --steps 9 --stop-after 2 --quiet --method self-guided --out guided");
+    for (line, says) in [
+        ("rank cut x --to-ratio 0.5", "`blocks.0.q` [16, 16] has rank 4; a rank of 8 would be above it"),
+        ("rank run cut --to-ratio 0.25", "cut exists; choose a new directory"),
+        ("rank run x --to-ratio 0", "--to-ratio is 0: it must be in (0, 1]"),
+        ("rank run x --energy 1.5", "--energy is 1.5"),
+        ("merge whole x", "dense-muon has no factor pairs to merge"),
+        ("merge guided x", "still has the guides of self-guided"),
+        ("train --from guided --data text", "still has the guides of self-guided"),
+    ] {
+        let errors = desk.refused(line);
+        assert!(errors.contains(says), "{line}: expected {says:?} in\n{errors}");
+    }
+    assert!(!desk.path("x").exists() && !desk.path("x.writing").exists());
+}
+
+/// A tokenizer is trained, used on text and on packed tokens, kept by the checkpoints, and exported.
+#[cfg(feature = "tokenizers")]
+#[test]
+fn a_tokenizer_goes_where_the_model_goes() {
+    let desk = Desk::new();
+    let shown = desk.ok("tokenizer train --data text --vocab 300 --out small.json");
+    assert!(shown.starts_with("small.json: 300 tokens; "), "{shown}");
+    let train = "train --config small.toml --steps 30 --eval-every 0 --quiet";
+    desk.ok(&format!("{train} --data text --tokenizer small.json --out run"));
+    let outcome = json(&desk.path("run/final.json"));
+    let number = |key: &str| outcome[key].as_f64().unwrap();
+    assert!(number("val_bits_per_byte") < 0.9 * number("val_loss") / std::f64::consts::LN_2); // more than a byte a token
+    std::fs::rename(desk.path("small.json"), desk.path("elsewhere.json")).unwrap();
+    let again: Value = serde_json::from_str(&desk.ok("eval run --json")).unwrap();
+    assert_eq!(
+        (&again["val_loss"], &again["val_bits_per_byte"]),
+        (&outcome["val_loss"], &outcome["val_bits_per_byte"])
+    );
+    desk.ok("export run hf");
+    let same =
+        |a: &str, b: &str| std::fs::read(desk.path(a)).unwrap() == std::fs::read(desk.path(b)).unwrap();
+    assert!(same("hf/tokenizer.json", "elsewhere.json"));
+
+    std::fs::write(
+        desk.path("lines.jsonl"),
+        "{\"text\": \"0123456789 0123456789 0123456789\"}\n".repeat(200),
+    )
+    .unwrap();
+    desk.ok(
+        "data pack --data lines.jsonl --tokenizer elsewhere.json --val-fraction 0.2 --out tokens --quiet",
+    );
+    assert!(same("tokens/tokenizer.json", "elsewhere.json"));
+    desk.ok(&format!("{train} --data tokens --tokenizer tokens/tokenizer.json --out packed"));
+    assert!(json(&desk.path("packed/final.json"))["val_bits_per_byte"].as_f64().unwrap() > 0.0);
+    desk.ok("tokenizer train --data text --vocab 290 --out other.json");
+    for (line, says) in [
+        (format!("{train} --data tokens --out x"), "beyond the model's vocabulary of 256"),
+        (format!("{train} --data tokens --tokenizer other.json --out x"), "made with another tokenizer"),
+        (
+            format!("{train} --data text --tokenizer other.json --vocab 256 --out x"),
+            "fewer than the tokens of",
+        ),
+        (format!("{train} --data text --tokenizer text --out x"), "not a tokenizer.json"),
+        (format!("{train} --data tokens text --out x"), "give files of one kind"),
+    ] {
+        let errors = desk.refused(&line);
+        assert!(errors.contains(says), "{line}: expected {says:?} in\n{errors}");
+    }
+    assert!(!desk.path("x").exists());
+}
+
+/// The token files are read by hand here: llm.c's header of 256 i32, then u16.
+#[test]
+fn text_is_packed_into_token_files() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("more.jsonl"), "{\"body\": \"one\"}\n{\"body\": \"two\"}\n{\"body\": \"\"}\n")
+        .unwrap();
+    let line =
+        "data pack --data text more.jsonl --field body --shard-tokens 8000 --val-fraction 0.0001 --quiet";
+    let shown = desk.ok(&format!("{line} --out tokens"));
+    let pack = json(&desk.path("tokens/pack.json"));
+    let text = std::fs::read(desk.path("text")).unwrap();
+    let total = |key: &str| pack["train"][key].as_u64().unwrap() + pack["val"][key].as_u64().unwrap();
+    assert_eq!((total("documents"), total("bytes")), (3, text.len() as u64 + 6));
+    assert_eq!((total("tokens"), &pack["empty_documents"]), (text.len() as u64 + 9, &1.into()));
+    assert_eq!(
+        (&pack["vocabulary"], &pack["end_token"], &pack["seed"]),
+        (&257.into(), &256.into(), &1.into())
+    );
+    assert_eq!((&pack["format"], &pack["tokenizer_sha256"]), (&"llm-c".into(), &Value::Null));
+    let train = &pack["train"];
+    let says = format!("tokens/train: {} tokens of {} documents", train["tokens"], train["documents"]);
+    assert!(shown.starts_with(&says), "{shown}");
+    let read = |name: String| {
+        let bytes = std::fs::read(desk.path(&name)).unwrap();
+        let header = |i: usize| i32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap());
+        assert_eq!((header(0), header(1), header(2) as usize), (20240520, 1, (bytes.len() - 1024) / 2));
+        let tokens = bytes[1024..].chunks(2).map(|token| u16::from_le_bytes([token[0], token[1]]));
+        tokens.collect::<Vec<_>>()
+    };
+    let mut tokens = vec![];
+    for part in ["train", "val"] {
+        for i in 0..pack[part]["shards"].as_u64().unwrap() {
+            tokens.extend(read(format!("tokens/{part}-{i:06}.bin")));
+        }
+    }
+    let ids = |id: &u16| *id as u8;
+    let mut documents: Vec<Vec<u8>> =
+        tokens.split(|&id| id == 256).skip(1).map(|document| document.iter().map(ids).collect()).collect();
+    documents.sort();
+    let mut expected = vec![b"one".to_vec(), b"two".to_vec(), text];
+    expected.sort();
+    assert_eq!(documents, expected);
+    let files = std::fs::read_dir(desk.path("tokens")).unwrap().count() as u64;
+    assert_eq!(files, total("shards") + 1);
+
+    // nanoGPT's files are the same without headers
+    desk.ok(&format!("{line} --format nanogpt --out raw --threads 1"));
+    let bytes = std::fs::read(desk.path("tokens/train-000000.bin")).unwrap();
+    assert!(std::fs::read(desk.path("raw/train-000000.bin")).unwrap() == bytes[1024..]);
+
+    assert!(desk.refused(&format!("{line} --out tokens")).contains("tokens exists; choose a new directory"));
+    let errors = desk.refused("data pack --data more.jsonl --out x");
+    assert!(errors.contains("more.jsonl, line 1: no field `text`; there are: body;"), "{errors}");
+    assert!(desk.refused("data pack --data text --out x").contains("only one document"));
+    assert!(desk.refused("data pack --data text --out x --val-fraction -1").contains("--val-fraction is -1"));
+    let errors = desk.refused("data pack --data text --out x --shard-tokens 3000000000");
+    assert!(errors.contains("holds 2147483647 at most"), "{errors}");
+    assert!(!desk.path("x").exists() && !desk.path("x.packing").exists());
+}

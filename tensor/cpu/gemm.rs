@@ -87,14 +87,14 @@ pub(super) fn gemm<T: Scalar>(
     if few {
         let shared = threads > 1 && c.len() * k * m.max(n) >= WORTH_SHARING_READ;
         let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
-        let one = |((a, b), c): ((&Mat<Cpu<T>>, &Mat<Cpu<T>>), &mut &mut Tensor<Cpu<T>>)| {
+        let one = |a: &Mat<Cpu<T>>, b: &Mat<Cpu<T>>, c: &mut Tensor<Cpu<T>>| {
             fits(a, b, c);
             few_rows_product(a, b, c, accum, pieces);
         };
         if shared && c.len() > 1 {
-            a.par_iter().zip(b).zip(c).for_each(one);
+            a.par_iter().zip(b).zip(c).for_each(|((a, b), c)| one(a, b, c));
         } else {
-            a.iter().zip(b).zip(c).for_each(one);
+            a.iter().zip(b).zip(c).for_each(|((a, b), c)| one(a, b, c));
         }
         return;
     }

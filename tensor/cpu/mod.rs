@@ -33,7 +33,7 @@ fn rows_per_task(d: usize) -> usize {
 /// Runs `f` compiled for the best instruction set of this processor. Write `simd(#[inline(always)] || …)`: a closure that is
 /// not inlined here, and long ones are not by themselves, is compiled for the oldest one.
 #[inline(always)]
-fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 

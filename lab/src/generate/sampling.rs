@@ -3,9 +3,11 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
+use crate::tokens::Tokenizer;
+
 /// How tokens are drawn, how many, and what ends them.
 #[derive(Clone, Debug)]
-pub struct Sampling {
+pub struct Sampling<'a> {
     /// How many at most.
     pub tokens: usize,
     /// Divides the logits; 0 takes the likeliest.
@@ -20,12 +22,15 @@ pub struct Sampling {
     pub stop: Vec<String>,
     /// Every sequence starts its own generator from it.
     pub seed: u64,
+    /// What the tokens mean.
+    pub tokenizer: &'a Tokenizer,
 }
 
-impl Default for Sampling {
+impl Default for Sampling<'_> {
     fn default() -> Self {
         let (temperature, top_p, repetition_penalty) = (0.8, 1.0, 1.0);
-        Self { tokens: 300, temperature, top_k: None, top_p, repetition_penalty, stop: Vec::new(), seed: 1 }
+        let (stop, tokenizer) = (Vec::new(), &Tokenizer::Bytes);
+        Self { tokens: 300, temperature, top_k: None, top_p, repetition_penalty, stop, seed: 1, tokenizer }
     }
 }
 

@@ -1,21 +1,13 @@
-//! Between text and tokens, which are bytes; and text that is shown while it grows.
+//! Text that is shown while it grows. Not here: how tokens become text (tokens.rs).
 
-/// Ids that stand for text. A model may have more, which it never saw.
-pub const IDS: usize = 256;
-
-/// The tokens of a text.
-pub fn encode(text: &str) -> Vec<u32> {
-    text.bytes().map(u32::from).collect()
-}
-
-/// The bytes of tokens below [`IDS`]; they may be no UTF-8, or begin and end within a character.
-pub fn decode(tokens: &[u32]) -> Vec<u8> {
-    tokens.iter().map(|&token| token as u8).collect()
-}
+use crate::tokens::Tokenizer;
 
 /// A text that grows token by token and ends before the first of some strings.
 pub struct Output<'a> {
     stops: &'a [String],
+    tokenizer: &'a Tokenizer,
+    /// The tokens before, as many as the text of the next can depend on.
+    before: Vec<u32>,
     /// Bytes that are not given out yet: they may turn out to begin a stop string, or are the beginning of a character.
     held: Vec<u8>,
     stopped: bool,
@@ -23,8 +15,8 @@ pub struct Output<'a> {
 
 impl<'a> Output<'a> {
     /// An empty text.
-    pub fn new(stops: &'a [String]) -> Self {
-        Self { stops, held: Vec::new(), stopped: false }
+    pub fn new(stops: &'a [String], tokenizer: &'a Tokenizer) -> Self {
+        Self { stops, tokenizer, before: Vec::new(), held: Vec::new(), stopped: false }
     }
 
     /// Whether a stop string has come.
@@ -34,7 +26,9 @@ impl<'a> Output<'a> {
 
     /// Adds a token; returns what is certain by now, in whole characters. Bytes that are no UTF-8 become U+FFFD.
     pub fn push(&mut self, token: u32) -> String {
-        self.held.extend(decode(&[token]));
+        self.held.extend(self.tokenizer.decode_next(&self.before, token));
+        self.before.push(token);
+        self.before.drain(..self.before.len().saturating_sub(8));
         let find = |stop: &String| self.held.windows(stop.len()).position(|at| at == stop.as_bytes());
         if let Some(at) = self.stops.iter().filter_map(find).min() {
             self.held.truncate(at);
@@ -72,7 +66,7 @@ mod tests {
     /// The pieces in which `bytes` come out, the last by `finish`, and whether they were stopped.
     fn pieces(bytes: &[u8], stops: &[&str]) -> (Vec<String>, bool) {
         let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
-        let mut output = Output::new(&stops);
+        let mut output = Output::new(&stops, &Tokenizer::Bytes);
         let mut pieces = Vec::new();
         for &byte in bytes {
             pieces.push(output.push(byte.into()));

@@ -27,7 +27,8 @@ use crate::run::Run;
 use crate::study::outcome::{Diverged, Outcome, same_config};
 use crate::study::plan::Plan;
 use crate::study::search::{State, Trial};
-use crate::train::{End, Loop, same_corpus};
+use crate::tokens::Tokenizer;
+use crate::train::{End, Loop, Start, same_corpus};
 
 /// Time between updates of the bar, and between plain lines.
 const TICK: Duration = Duration::from_millis(200);
@@ -38,6 +39,7 @@ pub struct Study<'a> {
     pub directory: &'a Path,
     pub plan: &'a Plan,
     pub corpus: &'a Corpus,
+    pub tokenizer: &'a Tokenizer,
     /// Runs at a time, and threads of each.
     pub jobs: usize,
     pub threads: usize,
@@ -174,24 +176,25 @@ impl Study<'_> {
         let directory = self.run_directory(trial);
         let config = Config { out: Some(directory.clone()), threads: self.threads, ..trial.config.clone() };
         let newest = if directory.exists() { checkpoint::list(&directory)?.pop() } else { None };
-        let (run, saved) = match newest {
+        let (run, start) = match newest {
             Some((step, path)) => {
                 same_config(&directory, &trial.config)?;
                 let saved = Checkpoint::load(&path)?;
                 same_corpus(&saved.meta, self.corpus)?;
-                (Run::resume(&directory, step)?, Some(saved))
+                (Run::resume(&directory, step)?, Start::Resume(Box::new(saved)))
             }
             None => {
                 if directory.exists() {
                     // stopped before its first checkpoint: nothing to lose
                     fs::remove_dir_all(&directory).map_err(cannot("remove", &directory))?;
                 }
-                (Run::create(&config)?, None)
+                (Run::create(&config)?, Start::New)
             }
         };
         let end = crate::pool(self.threads)?.install(|| {
             let mut progress = Progress::counting(trained.clone());
-            Loop::new(&Cpu::default(), &config, self.corpus, run, saved)?.run(None, &mut progress)
+            Loop::new(&Cpu::default(), &config, (self.corpus, self.tokenizer), run, start)?
+                .run(None, &mut progress)
         })?;
         match end {
             End::Stopped(_) => return Ok(None),

@@ -18,7 +18,9 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::StudyArgs;
-use crate::config::{Config, ModelOptions, Overrides, TrainingOptions, absolute, merge, name, table};
+use crate::config::{
+    Config, ModelOptions, Overrides, ShapeOptions, TrainingOptions, absolute, merge, name, table,
+};
 use crate::data::Corpus;
 use crate::error::{Error, Result, cannot, write_atomically};
 use crate::progress::catch_interrupts;
@@ -37,6 +39,8 @@ struct Settings {
     study: StudyOptions,
     model: ModelOptions,
     training: TrainingOptions,
+    #[serde(default)]
+    shape: ShapeOptions,
 }
 
 /// Runs a study, or what is left of one.
@@ -64,19 +68,22 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         }
         (None, Some(kind)) => (kind, args.options.clone(), asked),
         (Some(recorded), kind) => {
-            let base = Overrides { model: recorded.model.clone(), training: recorded.training.clone() };
+            let Settings { model, training, shape, .. } = recorded;
+            let base = Overrides { model: model.clone(), training: training.clone(), shape: shape.clone() };
             (kind.unwrap_or(recorded.kind), merge(&recorded.study, &args.options)?, asked.over(&base)?)
         }
     };
+    let (base, tokenizer) = base.with_tokenizer()?;
     let plan = Plan::new(kind, &options, &base)?;
-    let Config { data, val_data, context, .. } = &plan.arms[0].config;
-    let corpus = Corpus::load(data, val_data, *context)?;
+    let Config { data, val_data, context, vocab, .. } = &plan.arms[0].config;
+    let corpus = Corpus::load(data, val_data, *context, &tokenizer)?.fits(*vocab)?;
     let settings = Settings {
         kind,
         data_sha256: corpus.sha256.clone(),
         study: options,
         model: base.model,
         training: base.training,
+        shape: base.shape,
     };
     let directory = match args.resume.clone().or(out) {
         Some(directory) if directory.join("study.toml").exists() => {
@@ -104,6 +111,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         directory: &directory,
         plan: &plan,
         corpus: &corpus,
+        tokenizer: &tokenizer,
         jobs,
         threads,
         keep_checkpoints: args.keep_checkpoints,

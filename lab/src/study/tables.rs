@@ -101,7 +101,7 @@ fn csv(arms: Arms, outcomes: &Outcomes) -> String {
                 (step_flops(c).total() * steps as f64).to_string(),
                 o.seconds.to_string(),
                 number(summary.map(|s| s.val_loss)),
-                number(summary.map(|s| s.val_bits_per_byte)),
+                number(summary.and_then(|s| s.val_bits_per_byte)),
                 number(o.best_val_loss),
                 diverged.map_or(String::new(), |step| step.to_string()),
                 o.spikes.to_string(),
@@ -147,7 +147,7 @@ fn summary(title: &str, arms: Arms, outcomes: &Outcomes) -> Table {
         let summaries: Vec<_> =
             state.at_best.iter().filter_map(|t| outcomes.get(&t.id)?.end.as_ref().ok()).collect();
         let losses: Vec<f64> = summaries.iter().map(|s| s.val_loss).collect();
-        let bits: Vec<f64> = summaries.iter().map(|s| s.val_bits_per_byte).collect();
+        let bits: Vec<f64> = summaries.iter().filter_map(|s| s.val_bits_per_byte).collect();
         let seconds = summaries.iter().map(|s| s.seconds).sum::<f64>() / summaries.len() as f64;
         let c = &best.config;
         let interior = match interior {
