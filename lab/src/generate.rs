@@ -91,58 +91,6 @@ fn tokens(text: &str, how: &Sampling) -> Result<Vec<u32>> {
         false => Ok(tokens),
         true => Err(Error::new(format!("the prompt {text:?} has no tokens; give another"))),
     }
-    let head = |i: usize| match prompts {
-        [prompt] => prompt.clone(),
-        _ => format!("--- {} of {} ---\n{}", i + 1, prompts.len(), prompts[i]),
-    };
-    let mut waiting: Vec<(String, bool)> = (0..prompts.len()).map(|i| (head(i), false)).collect();
-    let mut turn = 0;
-    tell(format_args!("{}", std::mem::take(&mut waiting[0].0)));
-    continue_all(model, params, &mut sequences, how, |i, text, over| {
-        waiting[i].0 += text;
-        waiting[i].1 |= over;
-        let mut there = true;
-        while let Some((text, over)) = waiting.get_mut(turn) {
-            there &= tell(format_args!("{}{}", std::mem::take(text), if *over { "\n" } else { "" }));
-            if !*over {
-                break;
-            }
-            turn += 1;
-        }
-        there
-    });
-}
-
-/// Continues lines from standard input, each after all that was said before, until an empty one or the end.
-fn converse<B: Backend<Elem = f32>>(model: &Model<B>, params: &Params<B>, how: &Sampling) -> Result<()> {
-    let input = std::io::stdin();
-    let person = input.is_terminal();
-    if person {
-        eprintln!("A line is continued from what was said so far; an empty one ends the conversation.");
-    }
-    let mut conversation = [Sequence::new(model, params, Vec::new(), how.seed)];
-    for line in input.lock().lines() {
-        let line =
-            line.map_err(|e| Error::new(format!("cannot read a line of UTF-8 from standard input: {e}")))?;
-        if line.is_empty() {
-            break;
-        }
-        // lines stand below each other for the model, too
-        let tokens = &mut conversation[0].tokens;
-        let so_far = text::decode(tokens);
-        if !so_far.is_empty() && so_far.last() != Some(&b'\n') {
-            tokens.extend(text::encode("\n"));
-        }
-        tokens.extend(text::encode(&line));
-        let there = if person { true } else { tell(format_args!("{line}")) }; // a terminal shows what is typed
-        if !there {
-            break;
-        }
-        continue_all(model, params, &mut conversation, how, |_, text, over| {
-            tell(format_args!("{text}{}", if over { "\n" } else { "" }))
-        });
-    }
-    Ok(())
 }
 
 /// One line of `--json`.
