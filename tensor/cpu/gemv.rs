@@ -44,36 +44,42 @@ fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize, y: &mut 
     for j in (0..whole).step_by(4) {
         let rows = [row(j), row(j + 1), row(j + 2), row(j + 3)];
         for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-            y[i * w + j..][..4].copy_from_slice(&dot(x, rows));
+            y[i * w + j..][..4].copy_from_slice(&four_dots(x, rows));
         }
     }
     for j in whole..w {
         for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-            y[i * w + j] = dot(x, [row(j)])[0];
+            y[i * w + j] = rows::sum2(x, row(j), |x, b| x * b);
         }
     }
 }
 
-/// The products of x with each of some rows as long.
+/// The products of x with each of four rows as long, each by the same additions as `rows::sum2`.
 #[inline(always)]
-fn dot<T: Scalar, const R: usize>(x: &[T], rows: [&[T]; R]) -> [T; R] {
-    let mut sums = [[T::zero(); LANES]; R];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    let chunks = rows.map(|row| row.as_chunks::<LANES>());
-    assert!(rows.iter().all(|row| row.len() == x.len()));
-    for (p, x) in whole.iter().enumerate() {
-        for (sums, row) in sums.iter_mut().zip(&chunks) {
-            for ((sum, &x), &b) in sums.iter_mut().zip(x).zip(&row.0[p]) {
-                *sum += x * b;
-            }
-        }
+fn four_dots<T: Scalar>(x: &[T], [b0, b1, b2, b3]: [&[T]; 4]) -> [T; 4] {
+    // A name for each row: sums that a loop over rows indexed were kept in memory, and added one at a time.
+    let [mut s0, mut s1, mut s2, mut s3] = [[T::zero(); LANES]; 4];
+    let (x, x_rest) = x.as_chunks::<LANES>();
+    let [(b0, r0), (b1, r1), (b2, r2), (b3, r3)] = [b0, b1, b2, b3].map(|b| b.as_chunks::<LANES>());
+    for ((x, b0), ((b1, b2), b3)) in x.iter().zip(b0).zip(b1.iter().zip(b2).zip(b3)) {
+        add_products(&mut s0, x, b0);
+        add_products(&mut s1, x, b1);
+        add_products(&mut s2, x, b2);
+        add_products(&mut s3, x, b3);
     }
-    for (sums, row) in sums.iter_mut().zip(&chunks) {
-        for ((sum, &x), &b) in sums.iter_mut().zip(rest).zip(row.1) {
-            *sum += x * b;
-        }
+    add_products(&mut s0, x_rest, r0);
+    add_products(&mut s1, x_rest, r1);
+    add_products(&mut s2, x_rest, r2);
+    add_products(&mut s3, x_rest, r3);
+    [s0, s1, s2, s3].map(rows::fold)
+}
+
+/// Adds x ∘ b to the sums, as many as there are of either.
+#[inline(always)]
+fn add_products<T: Scalar>(sums: &mut [T; LANES], x: &[T], b: &[T]) {
+    for ((sum, &x), &b) in sums.iter_mut().zip(x).zip(b) {
+        *sum += x * b;
     }
-    sums.map(rows::fold)
 }
 
 /// y[i, j] = Σ x[i, p]·b[p, j]: four rows of b at a time, to write y a quarter as often.
