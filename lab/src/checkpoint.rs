@@ -46,22 +46,11 @@ pub struct Meta {
 impl Meta {
     /// At the start of a run.
     pub fn new(config: &Config, corpus: &Corpus) -> Self {
-        Meta {
-            step: 0,
-            config: config.clone(),
-            corpus_sha256: corpus.sha256.clone(),
-            tokens: 0,
-            seconds: 0.0,
-            best_val_loss: None,
-            scalars: BTreeMap::new(),
-        }
+        Meta { corpus_sha256: corpus.sha256.clone(), ..Self::of_model(config.clone()) }
     }
-}
 
-impl Meta {
     /// Of a model that no run of this program left as it is, such as an imported one.
     pub fn of_model(config: Config) -> Self {
-        let scalars = BTreeMap::new();
         Meta {
             step: 0,
             config,
@@ -69,7 +58,7 @@ impl Meta {
             tokens: 0,
             seconds: 0.0,
             best_val_loss: None,
-            scalars,
+            scalars: BTreeMap::new(),
         }
     }
 

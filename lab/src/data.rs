@@ -17,7 +17,7 @@ use walkdir::WalkDir;
 use crate::error::{Error, Result, cannot};
 use crate::pack::Pack;
 use crate::shards::{Shard, is_shard};
-use crate::tokens::Tokenizer;
+use crate::tokens::{Tokenizer, hex};
 
 /// The crates of the embedded default, in order: crates.io packages that every platform downloads to build this
 /// project, with much prose in their comments. Not in it: crates that are mostly tables or generated code.
@@ -106,6 +106,9 @@ impl Ids {
     }
 }
 
+/// Tokens that are looked at together where all of them are.
+const RUN: usize = 1 << 16;
+
 /// Windows of tokens, row-major [rows, context] each.
 #[derive(Debug, PartialEq)]
 pub struct Batch {
@@ -176,7 +179,7 @@ impl Corpus {
             at += tokens;
         }
         let count = shards.len();
-        let sha256: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let sha256 = hex(&hash.finalize());
         let pack = files.first().and_then(|file| Pack::beside(file).transpose()).transpose()?;
         if let (Some(pack), Some(own)) = (&pack, tokenizer.sha256())
             && pack.tokenizer_sha256.as_ref() != Some(&own)
@@ -227,31 +230,30 @@ impl Corpus {
         if let Some(tokenizer) = tokenizer.sha256() {
             hash.update(tokenizer);
         }
-        let sha256: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let sha256 = hex(&hash.finalize());
         let all = bytes.len();
-        let mut vocab = tokenizer.vocab();
-        let mut tokens = Ids::new(vocab);
-        let mut bytes_per_token = Some(1.0);
-        match tokenizer {
-            Tokenizer::Bytes => tokens = Ids::One(bytes),
+        let (tokens, bytes_per_token) = match tokenizer {
+            Tokenizer::Bytes => (Ids::One(bytes), 1.0),
             Tokenizer::Json(_) => {
                 if validation.is_empty() {
                     // no character is cut in two: a UTF-8 character has up to 3 bytes after its first, 0b10......
                     split += bytes[split..].iter().take(3).take_while(|&&b| b & 0xc0 == 0x80).count();
                 }
+                let mut tokens = Ids::new(tokenizer.vocab());
                 tokens.extend(tokenizer.encode(&bytes[..split], "data to train on")?);
                 let text = bytes.len() - split;
                 let validation = tokenizer.encode(&bytes[split..], "data to validate on")?;
-                bytes_per_token = Some(text as f64 / validation.len().max(1) as f64);
+                let bytes_per_token = text as f64 / validation.len().max(1) as f64;
                 split = tokens.len();
                 tokens.extend(validation);
-                vocab = tokenizer.vocab();
+                (tokens, bytes_per_token)
             }
-        }
+        };
         let mut summary = format!("{what}, {all} bytes, sha256 {}", &sha256[..16]);
         if tokenizer.json().is_some() {
             summary += &format!(", {} tokens of {}", tokens.len(), tokenizer.name());
         }
+        let (vocab, bytes_per_token) = (tokenizer.vocab(), Some(bytes_per_token));
         Ok(Corpus { tokens, split, vocab, bytes_per_token, summary, sha256 })
     }
 
@@ -274,12 +276,16 @@ impl Corpus {
     /// The validation loss, in nats per token, of a model that knows how often each token comes and nothing else: the cross
     /// entropy under the training part's counts, each plus one.
     pub fn frequency_loss(&self) -> f64 {
+        // a run at a time: a corpus may be larger than memory
+        let runs = |part: Range<usize>| {
+            let end = part.end;
+            part.step_by(RUN).flat_map(move |at| self.tokens.get(at..end.min(at + RUN)))
+        };
         let mut counts = vec![1.0f64; self.vocab];
-        self.tokens.get(self.train()).into_iter().for_each(|id| counts[id as usize] += 1.0);
+        runs(self.train()).for_each(|id| counts[id as usize] += 1.0);
         let total: f64 = counts.iter().sum();
-        let validation = self.tokens.get(self.validation());
-        let sum: f64 = validation.iter().map(|&id| (total / counts[id as usize]).ln()).sum();
-        sum / validation.len() as f64
+        let sum: f64 = runs(self.validation()).map(|id| (total / counts[id as usize]).ln()).sum();
+        sum / self.validation().len() as f64
     }
 
     /// Windows at uniformly drawn positions of the training part.
@@ -337,24 +343,20 @@ fn read_paths(paths: &[PathBuf]) -> Result<(Vec<u8>, String)> {
     Ok((files.into_iter().flat_map(|(_, text)| text).collect(), what))
 }
 
-/// Files with their contents.
-pub type Texts = Vec<(PathBuf, Vec<u8>)>;
-
 /// The token files among `paths` and, below directories, in order; None: there are none, only text.
 ///
 /// # Errors
-/// Both; a path that is missing.
+/// Both; those of [`files_of`].
 fn token_files(paths: &[PathBuf]) -> Result<Option<Vec<PathBuf>>> {
     let mut found = Vec::new();
     let mut other = None;
     for path in paths {
-        let directory = fs::metadata(path).map_err(cannot("read the data", path))?.is_dir();
-        for file in if directory { files_below(path)? } else { vec![path.clone()] } {
+        for file in files_of(path)? {
             // what `data pack` puts beside its files
             let beside = file.file_name().is_some_and(|n| n == "pack.json" || n == "tokenizer.json");
             match is_shard(&file) {
                 true => found.push(file),
-                false if directory && beside => {}
+                false if beside && file != *path => {}
                 false => other = Some(file),
             }
         }
@@ -370,6 +372,9 @@ fn token_files(paths: &[PathBuf]) -> Result<Option<Vec<PathBuf>>> {
     }
 }
 
+/// Files with their contents.
+pub type Texts = Vec<(PathBuf, Vec<u8>)>;
+
 /// Files and, below directories, all that is not hidden, with their contents; and how many they are, in words.
 ///
 /// # Errors
@@ -377,18 +382,10 @@ fn token_files(paths: &[PathBuf]) -> Result<Option<Vec<PathBuf>>> {
 pub fn text_files(paths: &[PathBuf]) -> Result<(Texts, String)> {
     let mut found = Vec::new();
     for path in paths {
-        let directory = fs::metadata(path).map_err(cannot("read the data", path))?.is_dir();
-        let files = if directory { files_below(path)? } else { vec![path.clone()] };
-        if files.is_empty() {
-            return Err(Error::new(format!(
-                "data: no files (hidden ones do not count) in {}",
-                path.display()
-            )));
-        }
-        for file in files {
+        for file in files_of(path)? {
             let text = fs::read(&file).map_err(cannot("read the data", &file))?;
             // One empty file among many is nothing to stop for; one that was named is.
-            if text.is_empty() && !directory {
+            if text.is_empty() && file == *path {
                 return Err(Error::new(format!("data: {} is empty", file.display())));
             }
             found.push((file, text));
@@ -396,6 +393,22 @@ pub fn text_files(paths: &[PathBuf]) -> Result<(Texts, String)> {
     }
     let count = found.len();
     Ok((found, format!("{count} file{}", if count == 1 { "" } else { "s" })))
+}
+
+/// The files that a path names: itself or, of a directory, those below it.
+///
+/// # Errors
+/// A path that is missing or unreadable, a directory without files.
+pub fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
+    if !fs::metadata(path).map_err(cannot("read the data", path))?.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    match files_below(path)? {
+        files if files.is_empty() => {
+            Err(Error::new(format!("data: no files (hidden ones do not count) in {}", path.display())))
+        }
+        files => Ok(files),
+    }
 }
 
 /// Regular files that are not hidden, depth first, each directory by name bytewise.

@@ -39,28 +39,25 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     }
     let tensors = tensors(&params, args.factorized)?;
     let count: usize = tensors.iter().map(|(_, x)| x.len()).sum();
-    let mut files = files(&config, &tensors, args.factorized)?;
-    if let Some(text) = tokenizer {
-        files.retain(|(name, _)| *name != "tokenizer.json");
-        files.push(("tokenizer.json", text.into_bytes()));
-    }
+    let files = files(&config, &tensors, args.factorized, tokenizer)?;
     write_directory(&args.directory, &files)?;
     let what = if args.factorized { "factor pairs" } else { "merged" };
     crate::say!("{}: {} tensors, {count} parameters ({what})", args.directory.display(), tensors.len());
     Ok(())
 }
 
-/// Names and contents of all files; the tokenizer is that of bytes.
+/// Names and contents of all files. `tokenizer`: the text of its tokenizer.json; None: bytes are tokens.
 pub fn files(
     config: &Config,
     tensors: &[(String, Tensor<Cpu<f32>>)],
     factorized: bool,
+    tokenizer: Option<String>,
 ) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let json = |value| (serde_json::to_string_pretty(&value).expect("plain values") + "\n").into_bytes();
     let mut files = vec![
         ("config.json", json(config_json(config))),
         ("model.safetensors", safetensors(tensors)?),
-        ("tokenizer.json", json(tokenizer_json())),
+        ("tokenizer.json", tokenizer.map_or_else(|| json(tokenizer_json()), String::into_bytes)),
         ("tokenizer_config.json", json(tokenizer_config_json(config))),
     ];
     if factorized {
@@ -263,7 +260,7 @@ mod tests {
             let (model, params) = Model::new(&Cpu::<f32>::default(), &config);
             let dir = tempfile::tempdir().unwrap();
             let tensors = tensors(&params, false).unwrap();
-            let files = files(&config, &tensors, false).unwrap();
+            let files = files(&config, &tensors, false, None).unwrap();
             write_directory(&dir.path().join("hf"), &files).unwrap();
             let text = "Now is the ünter of – 你";
             let tokens: Vec<u32> = text.bytes().take(config.context).map(u32::from).collect();

@@ -343,7 +343,7 @@ mod tests {
     fn exported(config: &Config, params: &Params<B>) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let tensors = export::tensors(params, false).unwrap();
-        let files = export::files(config, &tensors, false).unwrap();
+        let files = export::files(config, &tensors, false, None).unwrap();
         export::write_directory(&dir.path().join("hf"), &files).unwrap();
         dir
     }

@@ -24,10 +24,11 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use walkdir::WalkDir;
 
 use crate::cli::PackArgs;
+use crate::data::files_of;
 use crate::error::{Error, Result, cannot, write_atomically};
+use crate::export::must_be_new;
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::shards::{Format, Writer, ids, put};
 use crate::tokens::{END, Tokenizer};
@@ -262,7 +263,6 @@ fn sources(paths: &[PathBuf], out: &Path) -> Result<Vec<Source>> {
     let mut sources = vec![];
     for path in paths {
         let path = absolute(path)?;
-        let before = sources.len();
         if path.is_dir() && absolute(out)?.starts_with(&path) {
             return Err(Error::new(format!(
                 "--out {} is inside {}, and would be read as data; choose another place",
@@ -270,28 +270,16 @@ fn sources(paths: &[PathBuf], out: &Path) -> Result<Vec<Source>> {
                 path.display()
             )));
         }
-        let visible =
-            |e: &walkdir::DirEntry| e.depth() == 0 || !e.file_name().as_encoded_bytes().starts_with(b".");
-        let files = WalkDir::new(&path).follow_links(true).sort_by_file_name().into_iter();
-        for entry in files.filter_entry(visible) {
-            let entry = entry.map_err(cannot("read the data", &path))?;
-            let about = entry.metadata().map_err(cannot("read the data", entry.path()))?;
-            if about.is_file() {
-                let source = Source { path: entry.into_path(), bytes: about.len() };
-                if source.kind() == Kind::Parquet && !cfg!(feature = "parquet") {
-                    return Err(Error::new(format!(
-                        "data: {} is a Parquet file, which this build cannot read; build rankgrad with --features parquet",
-                        source.path.display()
-                    )));
-                }
-                sources.push(source);
+        for file in files_of(&path)? {
+            let bytes = fs::metadata(&file).map_err(cannot("read the data", &file))?.len();
+            let source = Source { path: file, bytes };
+            if source.kind() == Kind::Parquet && !cfg!(feature = "parquet") {
+                return Err(Error::new(format!(
+                    "data: {} is a Parquet file, which this build cannot read; build rankgrad with --features parquet",
+                    source.path.display()
+                )));
             }
-        }
-        if sources.len() == before {
-            return Err(Error::new(format!(
-                "data: no files (hidden ones do not count) in {}",
-                path.display()
-            )));
+            sources.push(source);
         }
     }
     Ok(sources)
@@ -306,9 +294,7 @@ fn unfinished(out: &Path) -> PathBuf {
 
 /// None: stopped.
 fn run(job: &Job) -> Result<Option<Pack>> {
-    if job.out.exists() {
-        return Err(Error::new(format!("{} exists; choose a new directory", job.out.display())));
-    }
+    must_be_new(&job.out)?;
     if job.val_fraction > 0.0 && job.sources.len() == 1 && job.sources[0].kind() == Kind::Text {
         return Err(one_document());
     }

@@ -10,14 +10,14 @@ use rankgrad::lowrank::{FactorPair, Params, rank_for_energy};
 use rankgrad::tensor::{Cpu, Tensor};
 use rayon::prelude::*;
 
-use crate::checkpoint::{self, Checkpoint, HostTensor, Meta};
+use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::{DataOptions, MergeArgs, RankArgs};
 use crate::config::{Config, Method, name};
 use crate::error::{Error, Result};
 use crate::export::{must_be_new, write_directory};
 use crate::inspect::corpus;
 use crate::tokens::Tokenizer;
-use crate::trainer::{load_model, validate, without_guides};
+use crate::trainer::{load_model, validate, weights, without_guides};
 
 type B = Cpu<f32>;
 
@@ -172,9 +172,7 @@ pub fn print(rows: &[Row], before: usize, after: usize) {
 /// # Errors
 /// A directory that exists, a full disk.
 pub fn write_model(out: &Path, config: &Config, params: &Params<B>, tokenizer: &Tokenizer) -> Result<()> {
-    let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
-    let named = params.names().zip(params.values.tensors());
-    let tensors = named.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
+    let tensors = weights(params);
     let meta = Meta::of_model(config.clone());
     let checkpoint = Checkpoint { meta, tokenizer: tokenizer.json().map(str::to_owned), tensors };
     write_directory(out, &[("step-00000000.safetensors", checkpoint.to_bytes()?)])

@@ -97,7 +97,7 @@ impl Tokenizer {
 
     /// SHA-256 of [`Tokenizer::json`], in hexadecimal; None: bytes.
     pub fn sha256(&self) -> Option<String> {
-        self.json().map(|text| Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect())
+        self.json().map(|text| hex(&Sha256::digest(text)))
     }
 
     /// "bytes", or where the tokenizer came from and its vocabulary.
@@ -206,6 +206,11 @@ impl Json {
         }
         bytes
     }
+}
+
+/// A digest in hexadecimal.
+pub fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Pieces of at least `size` bytes but for the last, cut before a line break between a letter or digit and something that is no

@@ -283,10 +283,7 @@ pub fn validate<B: Backend>(
 impl<B: Backend<Elem = f32>> Trainer<B> {
     /// Everything that a continuation needs of the model, bit for bit. `meta.step` is set here; the tokenizer is the caller's.
     pub fn checkpoint(&mut self, meta: Meta) -> Checkpoint {
-        let host = |x: &Tensor<B>| HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() };
-        let params = self.params.names().zip(self.params.values.tensors());
-        let mut tensors: BTreeMap<_, _> =
-            params.map(|(name, x)| (format!("param.{name}"), host(x))).collect();
+        let mut tensors = weights(&self.params);
         let meta = Meta { step: self.optimizer.steps, ..meta };
         let state = self.optimizer.state();
         tensors.extend(state.into_iter().map(|(name, x)| (format!("opt.{name}"), host(x))));
@@ -327,6 +324,16 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
         let optimizer = optimizer(config, &params);
         Ok(Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None })
     }
+}
+
+fn host<B: Backend<Elem = f32>>(x: &Tensor<B>) -> HostTensor {
+    HostTensor { shape: x.shape().dims().to_vec(), values: x.to_vec() }
+}
+
+/// A model's parameters as a checkpoint has them.
+pub fn weights<B: Backend<Elem = f32>>(params: &Params<B>) -> BTreeMap<String, HostTensor> {
+    let named = params.names().zip(params.values.tensors());
+    named.map(|(name, x)| (format!("param.{name}"), host(x))).collect()
 }
 
 /// The model of a checkpoint, for use without further training.
@@ -612,15 +619,7 @@ mod tests {
         let Some(gpu) = gpu() else { return };
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(Method::Spectron, &reference);
-        let meta = || Meta {
-            step: 0,
-            config: config.clone(),
-            corpus_sha256: String::new(),
-            tokens: 0,
-            seconds: 0.0,
-            best_val_loss: None,
-            scalars: BTreeMap::new(),
-        };
+        let meta = || Meta::of_model(config.clone());
         let mut on_cpu = start(&Cpu::<f32>::default(), &config);
         on_cpu.step(&[batch(&config, 0)], 1.0).unwrap();
         let saved = on_cpu.checkpoint(meta());
