@@ -9,8 +9,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use crate::cli::TokenizerArgs;
-use crate::data::text_files;
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
 
 /// The token between documents, of a tokenizer that `tokenizer train` makes: GPT-2's.
 pub const END: &str = "<|endoftext|>";
@@ -21,19 +20,6 @@ pub enum Tokenizer {
     Bytes,
     /// A `tokenizer.json`.
     Json(Box<Json>),
-}
-
-/// A `tokenizer.json`, and what it means.
-pub struct Json {
-    text: String,
-    /// Where it came from, for messages.
-    origin: String,
-    vocab: usize,
-    #[cfg(feature = "tokenizers")]
-    inner: tokenizers::Tokenizer,
-    /// Its tokens are spelt in GPT-2's letters for bytes: the byte of each letter.
-    #[cfg(feature = "tokenizers")]
-    letters: Option<std::collections::HashMap<char, u8>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -57,33 +43,15 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
-    #[cfg(feature = "tokenizers")]
     pub fn from_json(text: String, origin: &str) -> Result<Self> {
-        let inner: tokenizers::Tokenizer = text.parse().map_err(|e| {
-            Error::new(format!("tokenizer {origin}: not a tokenizer.json that this program reads ({e})"))
-        })?;
-        // the largest id, not the number of ids: some files leave gaps
-        let vocab = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        if vocab == 0 {
-            return Err(Error::new(format!("tokenizer {origin}: its vocabulary is empty")));
-        }
-        let spelt_in_bytes = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
-        let letters = spelt_in_bytes.then(|| byte_letters().zip(0..=255u8).collect());
-        Ok(Self::Json(Box::new(Json { text, origin: origin.to_owned(), vocab, inner, letters })))
-    }
-
-    #[cfg(not(feature = "tokenizers"))]
-    pub fn from_json(_: String, origin: &str) -> Result<Self> {
-        Err(Error::new(format!(
-            "tokenizer {origin}: this program was built without tokenizers; build it with `--features tokenizers`"
-        )))
+        Ok(Self::Json(Box::new(Json::parse(text, origin)?)))
     }
 
     /// Ids are below this.
     pub fn vocab(&self) -> usize {
         match self {
             Self::Bytes => 256,
-            Self::Json(json) => json.vocab,
+            Self::Json(json) => json.vocab(),
         }
     }
 
@@ -91,7 +59,7 @@ impl Tokenizer {
     pub fn json(&self) -> Option<&str> {
         match self {
             Self::Bytes => None,
-            Self::Json(json) => Some(&json.text),
+            Self::Json(json) => Some(json.text()),
         }
     }
 
@@ -104,7 +72,7 @@ impl Tokenizer {
     pub fn name(&self) -> String {
         match self {
             Self::Bytes => "bytes".into(),
-            Self::Json(json) => format!("{} ({} tokens)", json.origin, json.vocab),
+            Self::Json(json) => format!("{} ({} tokens)", json.origin(), json.vocab()),
         }
     }
 
@@ -112,13 +80,7 @@ impl Tokenizer {
     pub fn end(&self) -> Option<u32> {
         match self {
             Self::Bytes => None,
-            #[cfg(feature = "tokenizers")]
-            Self::Json(json) => {
-                let usual = [END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"];
-                usual.into_iter().find_map(|token| json.inner.token_to_id(token))
-            }
-            #[cfg(not(feature = "tokenizers"))]
-            Self::Json(_) => None,
+            Self::Json(json) => json.end(),
         }
     }
 
@@ -129,10 +91,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &[u8], what: &str) -> Result<Vec<u32>> {
         match self {
             Self::Bytes => Ok(text.iter().map(|&b| u32::from(b)).collect()),
-            #[cfg(feature = "tokenizers")]
             Self::Json(json) => json.encode(text, what),
-            #[cfg(not(feature = "tokenizers"))]
-            Self::Json(_) => unreachable!("from_json refused it: {what}"),
         }
     }
 
@@ -141,33 +100,73 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> Vec<u8> {
         match self {
             Self::Bytes => ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect(),
-            #[cfg(feature = "tokenizers")]
             Self::Json(json) => json.decode(ids),
-            #[cfg(not(feature = "tokenizers"))]
-            Self::Json(_) => unreachable!("from_json refused it"),
+        }
+    }
+
+    /// The bytes that `token` adds to the text of the tokens `before` it; for tokenizers whose words do not stand for bytes the last few
+    /// of them matter.
+    pub fn decode_next(&self, before: &[u32], token: u32) -> Vec<u8> {
+        match self {
+            Self::Json(json) if !json.spelt_in_bytes() => {
+                let text = self.decode(before);
+                let longer = self.decode(&[before, &[token]].concat());
+                longer.strip_prefix(&text[..]).unwrap_or_default().to_vec()
+            }
+            _ => self.decode(&[token]),
         }
     }
 }
 
-impl Tokenizer {
-    /// The bytes that `token` adds to the text of the tokens `before` it; for tokenizers whose words do not stand for bytes the last few
-    /// of them matter.
-    pub fn decode_next(&self, before: &[u32], token: u32) -> Vec<u8> {
-        #[cfg(feature = "tokenizers")]
-        if let Self::Json(json) = self
-            && json.letters.is_none()
-        {
-            let text = self.decode(before);
-            let longer = self.decode(&[before, &[token]].concat());
-            return longer.strip_prefix(&text[..]).unwrap_or_default().to_vec();
-        }
-        let _ = before;
-        self.decode(&[token])
-    }
+/// A `tokenizer.json`, and what it means.
+#[cfg(feature = "tokenizers")]
+pub struct Json {
+    text: String,
+    /// Where it came from, for messages.
+    origin: String,
+    vocab: usize,
+    inner: tokenizers::Tokenizer,
+    /// Its tokens are spelt in GPT-2's letters for bytes: the byte of each letter.
+    letters: Option<std::collections::HashMap<char, u8>>,
 }
 
 #[cfg(feature = "tokenizers")]
 impl Json {
+    fn parse(text: String, origin: &str) -> Result<Self> {
+        let inner: tokenizers::Tokenizer = text.parse().map_err(|e| {
+            Error::new(format!("tokenizer {origin}: not a tokenizer.json that this program reads ({e})"))
+        })?;
+        // the largest id, not the number of ids: some files leave gaps
+        let vocab = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        if vocab == 0 {
+            return Err(Error::new(format!("tokenizer {origin}: its vocabulary is empty")));
+        }
+        let spelt_in_bytes = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
+        let letters = spelt_in_bytes.then(|| byte_letters().zip(0..=255u8).collect());
+        Ok(Json { text, origin: origin.to_owned(), vocab, inner, letters })
+    }
+
+    fn text(&self) -> &str {
+        &self.text
+    }
+
+    fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    fn spelt_in_bytes(&self) -> bool {
+        self.letters.is_some()
+    }
+
+    fn end(&self) -> Option<u32> {
+        let usual = [END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"];
+        usual.into_iter().find_map(|token| self.inner.token_to_id(token))
+    }
+
     fn encode(&self, text: &[u8], what: &str) -> Result<Vec<u32>> {
         use rayon::prelude::*;
         let text = std::str::from_utf8(text).map_err(|e| {
@@ -205,6 +204,47 @@ impl Json {
             }
         }
         bytes
+    }
+}
+
+/// There is none in a program that was built without the feature.
+#[cfg(not(feature = "tokenizers"))]
+pub enum Json {}
+
+#[cfg(not(feature = "tokenizers"))]
+impl Json {
+    fn parse(_: String, origin: &str) -> Result<Self> {
+        Err(Error::new(format!(
+            "tokenizer {origin}: this program was built without tokenizers; build it with `--features tokenizers`"
+        )))
+    }
+
+    fn text(&self) -> &str {
+        match *self {}
+    }
+
+    fn origin(&self) -> &str {
+        match *self {}
+    }
+
+    fn vocab(&self) -> usize {
+        match *self {}
+    }
+
+    fn spelt_in_bytes(&self) -> bool {
+        match *self {}
+    }
+
+    fn end(&self) -> Option<u32> {
+        match *self {}
+    }
+
+    fn encode(&self, _: &[u8], _: &str) -> Result<Vec<u32>> {
+        match *self {}
+    }
+
+    fn decode(&self, _: &[u32]) -> Vec<u8> {
+        match *self {}
     }
 }
 
@@ -253,6 +293,8 @@ pub fn byte_letters() -> impl Iterator<Item = char> {
 /// Data that cannot be read or is not UTF-8, a vocabulary too small for all bytes, a file that exists.
 #[cfg(feature = "tokenizers")]
 pub fn train(args: &TokenizerArgs) -> Result<()> {
+    use crate::data::text_files;
+    use crate::error::write_atomically;
     use tokenizers::models::bpe::{BPE, BpeTrainer};
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
     use tokenizers::{AddedToken, ModelWrapper};
