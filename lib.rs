@@ -1,10 +1,11 @@
 //! rankgrad: a tape-based autodiff tensor library in which a low-rank factor pair, W = A·Bᵀ, is a first-class parameter, and
 //! in which Spectron (arXiv 2602.12429), an optimizer for such pairs, is built in.
 //!
+//! [`tour`] shows what there is, in programs that run.
+//!
 //! Reading order: [`tensor`] (shapes, the [`tensor::Backend`] trait, the CPU), [`autograd`] (the tape, then the ops: forward
 //! with its backward below it), [`lowrank`] (pairs, Newton–Schulz, power iteration, Spectron). The README has a shorter path,
-//! with line counts, and examples/ one idea per file. Property tests of your own rules and ops: `testing`, a module behind
-//! the feature `proptest`.
+//! with line counts, and examples/ one idea per file.
 //!
 //! ```
 //! use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -38,3 +39,4 @@ pub mod lowrank;
 pub mod tensor;
 #[cfg(feature = "proptest")]
 pub mod testing;
+pub mod tour;

@@ -2,10 +2,12 @@
 //!
 //!     cargo bench --bench parts -- optimizer --preset mid --threads 2
 //!     cargo bench --bench parts -- products --preset small --threads 2 [--rows 256]
+//!     cargo bench --bench parts -- svd --outputs 1024 --inputs 4096 --threads 2
 //!
 //! `optimizer`: one Spectron step on the factor pairs of all blocks, from gradients that are there already; no clipping, no
 //! AdamW for the rest. `products`: every matrix product of forward and backward but attention's, on operands of their own
 //! as in the step, and nothing between them; `--rows` at a time in two lanes, as the trainer works, or else the whole batch at once.
+//! `svd`, for benches/svd.py: a factor pair of half the full rank made of a matrix, once.
 //! Prints one JSON object. Not a training step: `rankgrad bench` times that. Sizes and names are those of benches/torch_bench.py.
 //! Letters: N rows of x (tokens), n inputs, m outputs, r rank; A [m, r], B [n, r].
 
@@ -63,7 +65,8 @@ fn main() {
     let fields = pool.install(|| match what {
         "optimizer" => optimizer(&sizes),
         "products" => products(&sizes, number("--rows")),
-        _ => panic!("parts {what}: say `optimizer` or `products`"),
+        "svd" => svd([number("--outputs").unwrap_or(1024), number("--inputs").unwrap_or(4096)]),
+        _ => panic!("parts {what}: say `optimizer`, `products` or `svd`"),
     });
     println!("{{\"part\": \"{what}\", \"preset\": \"{preset}\", \"threads\": {threads}, {fields}}}");
 }
@@ -80,6 +83,17 @@ fn median_ms(mut f: impl FnMut()) -> (f64, usize) {
     }
     times.sort_by(f64::total_cmp);
     (times[times.len() / 2], times.len())
+}
+
+fn svd([m, n]: [usize; 2]) -> String {
+    let w = gaussian(&Cpu::default(), &mut ChaCha8Rng::seed_from_u64(1), [m, n], 1.0); // [m, n]
+    let start = Instant::now();
+    let (_, error) = FactorPair::<B>::from_dense(&w, m.min(n) / 2);
+    let seconds = start.elapsed().as_secs_f64();
+    format!(
+        "\"outputs\": {m}, \"inputs\": {n}, \"seconds\": {seconds:.3}, \"relative_error\": {:.9}",
+        error / w.norm()
+    )
 }
 
 fn optimizer(p: &Preset) -> String {

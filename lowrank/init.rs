@@ -10,6 +10,7 @@ use rand_distr::{ChiSquared, Distribution, StandardNormal};
 
 /// How the factors of a pair start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum PairInit {
     /// As the truncated SVD of a dense matrix with independent N(0, std²) entries, √Σ in each factor (Khodak et al. 2021,
     /// arXiv 2105.01029; Spectron's choice).

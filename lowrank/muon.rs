@@ -10,6 +10,7 @@ use crate::tensor::{Backend, Tensor};
 
 /// A factor on the update of a matrix, by its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum MuonScale {
     /// 1: ‖ΔX‖ ≈ η for every shape.
     One,

@@ -12,6 +12,11 @@ use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct NewtonSchulz {
     pub coefficients: [f64; 3],
     pub steps: usize,
@@ -21,6 +26,7 @@ pub struct NewtonSchulz {
 
 /// Where steps X ← X·(aI + bG + cG²) are evaluated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Space {
     /// On X [p, q], as printed: G = XᵀX anew in every step.
     Plain,

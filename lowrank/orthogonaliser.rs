@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 /// How M becomes O.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Orthogonaliser {
     /// One polynomial, repeated: the paper's Algorithm 2, and the default.
     NewtonSchulz(NewtonSchulz),

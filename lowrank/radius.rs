@@ -22,6 +22,7 @@ pub fn exact_radius(eta: f64, sigma_a: f64, sigma_b: f64) -> f64 {
 
 /// Which radius a step takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Radius {
     /// [`update_radius`].
     Paper,

@@ -2,6 +2,7 @@
 
 /// The shape after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum ScheduleKind {
     /// Stays at 1.
     Constant,
@@ -15,6 +16,7 @@ pub enum ScheduleKind {
 
 /// A linear warm-up followed by one of the shapes.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Schedule {
     pub kind: ScheduleKind,
     /// Total steps.

@@ -7,12 +7,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::data::Corpus;
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
+use crate::files::{mapped, write_atomically};
 use crate::tokens::Tokenizer;
 
 /// Raised whenever older files can no longer be read.
@@ -126,11 +128,25 @@ impl Checkpoint {
     /// # Errors
     /// Unreadable, truncated or foreign files, and those of another format version.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path).map_err(cannot("read the checkpoint", path))?;
-        Self::from_bytes(&bytes).map_err(|e| Error::new(format!("checkpoint {}: {e}", path.display())))
+        Self::load_some(path, "")
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self> {
+    /// [`Checkpoint::load`] without the optimizer's state, which is not read from the disk.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_weights(path: &Path) -> Result<Self> {
+        Self::load_some(path, "param.")
+    }
+
+    fn load_some(path: &Path, prefix: &str) -> Result<Self> {
+        let bytes = mapped("read the checkpoint", path)?;
+        Self::from_bytes(&bytes, prefix)
+            .map_err(|e| Error::new(format!("checkpoint {}: {e}", path.display())))
+    }
+
+    /// With the tensors whose names begin with `prefix`.
+    fn from_bytes(bytes: &[u8], prefix: &str) -> Result<Self> {
         let damaged = |e: &dyn std::fmt::Display| {
             Error::new(format!(
                 "truncated, damaged or not a safetensors file ({e}); use an earlier checkpoint"
@@ -153,12 +169,14 @@ impl Checkpoint {
             if view.dtype() != Dtype::F32 {
                 return Err(damaged(&format!("`{name}` is {:?}, not F32", view.dtype())));
             }
-            let values =
-                view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let values = bytemuck::pod_collect_to_vec(view.data());
             Ok((name.to_owned(), HostTensor { shape: view.shape().to_vec(), values }))
         };
         let tokenizer = metadata.get(TOKENIZER_KEY).cloned();
-        Ok(Checkpoint { meta, tokenizer, tensors: file.iter().map(tensor).collect::<Result<_>>()? })
+        let wanted: Vec<(&str, TensorView)> =
+            file.iter().filter(|(name, _)| name.starts_with(prefix)).collect();
+        let tensors = wanted.into_par_iter().map(tensor).collect::<Result<_>>()?;
+        Ok(Checkpoint { meta, tokenizer, tensors })
     }
 
     /// The tokenizer that the model was trained with.
@@ -278,6 +296,9 @@ mod tests {
         let bits =
             |c: &Checkpoint| c.tensors["param.a"].values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&loaded), bits(&checkpoint(7)));
+        let weights = Checkpoint::load_weights(&path).unwrap();
+        assert_eq!(weights.tensors.keys().collect::<Vec<_>>(), ["param.a"]);
+        assert_eq!((bits(&weights), weights.meta), (bits(&checkpoint(7)), checkpoint(7).meta));
     }
 
     #[test]
@@ -310,7 +331,7 @@ mod tests {
 
     #[test]
     fn bad_files_are_told_apart() {
-        let error = |bytes: &[u8]| Checkpoint::from_bytes(bytes).unwrap_err().to_string();
+        let error = |bytes: &[u8]| Checkpoint::from_bytes(bytes, "").unwrap_err().to_string();
         let good = checkpoint(1).to_bytes().unwrap();
         for length in [0, 4, 100, good.len() - 1] {
             assert!(error(&good[..length]).contains("truncated"), "{length}");

@@ -68,6 +68,8 @@ pub enum Command {
     /// Loss curves, learning rate, gradient norm and, where a run recorded them, spectra per layer, all of which can be
     /// zoomed and chosen from; a row per run; a study's tables and its final losses against the learning rate.
     Report(ReportArgs),
+    /// List runs: method, sizes, losses, speed, and how far each has come
+    Runs(RunsArgs),
     /// Make a tokenizer of one's own
     #[command(subcommand)]
     Tokenizer(TokenizerCommand),
@@ -120,6 +122,9 @@ pub struct TrainArgs {
     /// Show no progress and no sample
     #[arg(long)]
     pub quiet: bool,
+    /// Write the records into event files for TensorBoard too (tensorboard --logdir DIR); a run that has some goes on with them
+    #[arg(long)]
+    pub tensorboard: bool,
     #[command(flatten)]
     pub on: DeviceOption,
     #[command(flatten)]
@@ -322,6 +327,36 @@ pub struct InspectArgs {
     #[arg(help = CHECKPOINT)]
     pub checkpoint: PathBuf,
     /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a list of runs is ordered by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// The paths
+    Name,
+    /// The newest validation loss, best first; in nats per token
+    Loss,
+    /// The last change, newest last
+    Time,
+}
+
+/// Flags of `runs`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  rankgrad runs
+  rankgrad runs studies/methods --by loss
+
+A loss with ~ is that of some batches, during training; those without are of the whole validation split, at the end.")]
+pub struct RunsArgs {
+    /// Directories: runs, or what has runs anywhere inside, such as studies
+    #[arg(default_value = "runs", value_name = "DIR")]
+    pub directories: Vec<PathBuf>,
+    /// The order of the rows
+    #[arg(long, default_value = "name")]
+    pub by: Order,
+    /// Print one JSON object a run
     #[arg(long)]
     pub json: bool,
 }

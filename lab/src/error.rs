@@ -1,10 +1,9 @@
-//! The application's one error type, and a file written whole or not at all.
+//! The application's one error type, and lines of results.
 //!
 //! An `Error` is a finished sentence for the person at the terminal: what was wrong, where, and what to do.
 //! It is not a type to match on: nothing in this application recovers by kind of error.
 
 use std::fmt;
-use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
@@ -41,32 +40,6 @@ pub fn cannot<E: fmt::Display>(act: &str, path: &Path) -> impl FnOnce(E) -> Erro
     move |cause| Error(format!("cannot {act} {}: {cause}", path.display()))
 }
 
-/// Replaces `path` by `bytes` so that a crash at any moment leaves the old file or the new one, never half of either.
-///
-/// The bytes go to `.writing` in the same directory (a rename is atomic only within a file system), which a later
-/// call overwrites should the machine stop in between.
-///
-/// # Errors
-/// When the directory is missing or not writable, or the disk is full: `path` is then as it was.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let directory = path.parent().filter(|d| *d != Path::new("")).unwrap_or(Path::new("."));
-    let temporary = directory.join(".writing");
-    let written = File::create(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
-    if let Err(cause) = written {
-        let _ = fs::remove_file(&temporary);
-        return Err(Error(format!(
-            "cannot write {}: {cause}; what was saved before is untouched",
-            path.display()
-        )));
-    }
-    // The rename itself is on disk only once the directory is; other systems offer no such call.
-    #[cfg(unix)]
-    File::open(directory).and_then(|d| d.sync_all()).map_err(cannot("sync", directory))?;
-    Ok(())
-}
-
 /// Prints part of a line of results to standard output, at once; returns false if its reader has gone (`| head`), which is no
 /// error. A full disk is.
 pub fn tell(part: std::fmt::Arguments) -> bool {
@@ -90,39 +63,4 @@ pub fn say(line: std::fmt::Arguments) {
 #[macro_export]
 macro_rules! say {
     ($($part:tt)*) => { $crate::error::say(format_args!($($part)*)) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn replaces_the_file_and_leaves_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a");
-        write_atomically(&path, b"one").unwrap();
-        write_atomically(&path, b"two").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_full_disk_keeps_the_old_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a");
-        write_atomically(&path, b"one").unwrap();
-        // Every write to /dev/full fails as on a full disk.
-        std::os::unix::fs::symlink("/dev/full", dir.path().join(".writing")).unwrap();
-        let error = write_atomically(&path, b"two").unwrap_err().to_string();
-        assert!(error.contains("No space left") && error.contains("untouched"), "{error}");
-        assert_eq!(fs::read(&path).unwrap(), b"one");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_missing_directory_is_named() {
-        let error = write_atomically(Path::new("/no/such/place/a"), b"").unwrap_err().to_string();
-        assert!(error.starts_with("cannot write /no/such/place/a: "), "{error}");
-    }
 }

@@ -26,7 +26,7 @@ use crate::trainer::{load_model, without_guides};
 /// A checkpoint that cannot be read or still has guides, a directory that exists, a full disk.
 pub fn export(args: &ExportArgs) -> Result<()> {
     let Layout::HfLlama = args.to;
-    let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::load_weights(&checkpoint::find(&args.checkpoint)?)?;
     let tokenizer = checkpoint.tokenizer.clone();
     let config = checkpoint.meta.config.clone();
     without_guides(&checkpoint, &args.checkpoint)?;

@@ -34,7 +34,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling()?; // before anything is read
     let prompts = args.prompts()?;
     let checkpoint = match &args.checkpoint {
-        Some(path) => Some(Checkpoint::load(&checkpoint::find(path)?)?),
+        Some(path) => Some(Checkpoint::load_weights(&checkpoint::find(path)?)?),
         None => None, // --bench, of a model that nobody trained
     };
     let tokenizer = checkpoint.as_ref().map_or(Ok(Tokenizer::Bytes), Checkpoint::tokenizer)?;

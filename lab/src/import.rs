@@ -5,7 +5,7 @@
 //! Letters: W [m, n], d width.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -19,6 +19,7 @@ use crate::cli::ImportArgs;
 use crate::config::{Config, Method, Overrides, name};
 use crate::error::{Error, Result, cannot};
 use crate::export::{llama_name, must_be_new};
+use crate::files::mapped;
 use crate::model::Model;
 use crate::ranks::{Cut, factorise, print, write_model};
 use crate::tokens::Tokenizer;
@@ -209,11 +210,7 @@ impl Weights {
             paths = shards.iter().map(shard).collect::<Result<_>>()?;
         }
         let open = |path: PathBuf| {
-            let file = File::open(&path).map_err(cannot("read", &path))?;
-            // SAFETY: the mapping is only read. Another program that cuts the file meanwhile ends this one by a signal, and one
-            // that writes to it changes what is read, both as with any reader of a file that is being written; bytes of any
-            // value are valid u8, and numbers are made of them by from_le_bytes.
-            let map = unsafe { Mmap::map(&file) }.map_err(cannot("read", &path))?;
+            let map = mapped("read", &path)?;
             Ok((path, map))
         };
         Ok(Self { files: paths.into_iter().map(open).collect::<Result<_>>()? })

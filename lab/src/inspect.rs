@@ -29,7 +29,7 @@ struct Evaluation {
 /// # Errors
 /// A checkpoint or data that cannot be used.
 pub fn eval(args: &EvalArgs) -> Result<()> {
-    let checkpoint = Checkpoint::load(&checkpoint::find(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::load_weights(&checkpoint::find(&args.checkpoint)?)?;
     let config = checkpoint.meta.config.clone();
     let corpus = corpus(&config, &checkpoint.tokenizer()?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
@@ -179,7 +179,7 @@ fn report<'a>(meta: &'a Meta, params: &Params<Cpu<f32>>, last: Option<&Record>) 
 /// A checkpoint that cannot be used; a damaged metrics.jsonl beside it.
 pub fn inspect(args: &InspectArgs) -> Result<()> {
     let path = checkpoint::find(&args.checkpoint)?;
-    let checkpoint = Checkpoint::load(&path)?;
+    let checkpoint = Checkpoint::load_weights(&path)?;
     let meta = checkpoint.meta.clone();
     let (_, params) = load_model(&Cpu::default(), checkpoint)?;
     let last = newest_telemetry(&path, meta.step)?;

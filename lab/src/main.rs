@@ -1,8 +1,8 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
 //! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, tokens,
-//! checkpoint, run, progress, plot around it; generate, inspect, export and bench use what was trained; import brings models in,
-//! ranks changes their ranks; study/ compares many runs, report/ shows them; pack makes token files (shards) of text.
+//! checkpoint, run, tensorboard, progress, plot around it; generate, inspect, export and bench use what was trained; import brings models in,
+//! ranks changes their ranks; study/ compares many runs, report/ shows them, runs lists them; pack makes token files (shards) of text.
 //! Here: one function call per command, and one place where an error reaches the person.
 
 mod bench;
@@ -13,6 +13,7 @@ mod data;
 mod device;
 mod error;
 mod export;
+mod files;
 mod flops;
 mod generate;
 mod guide;
@@ -26,8 +27,10 @@ mod progress;
 mod ranks;
 mod report;
 mod run;
+mod runs;
 mod shards;
 mod study;
+mod tensorboard;
 mod tokens;
 mod train;
 mod trainer;
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Study(args) => study::study(&args),
         Command::Report(args) => report::report(&args),
+        Command::Runs(args) => runs::runs(&args),
         Command::Tokenizer(TokenizerCommand::Train(args)) => tokens::train(&args),
         Command::Data(DataCommand::Pack(args)) => pack::pack(&args),
         Command::Devices => device::devices(),

@@ -27,8 +27,9 @@ use serde_json::{Map, Value};
 
 use crate::cli::PackArgs;
 use crate::data::files_of;
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
 use crate::export::must_be_new;
+use crate::files::write_atomically;
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::shards::{Format, Writer, ids, put};
 use crate::tokens::{END, Tokenizer};

@@ -12,7 +12,8 @@ use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::error::{Error, Result, write_atomically};
+use crate::error::{Error, Result};
+use crate::files::write_atomically;
 use crate::run::Record;
 
 /// Red, green, blue; a seventh name starts again.

@@ -181,7 +181,7 @@ pub fn write_model(out: &Path, config: &Config, params: &Params<B>, tokenizer: &
 /// The checkpoint of a finished model; `out` must not exist.
 fn open(path: &Path, out: &Path) -> Result<Checkpoint> {
     must_be_new(out)?; // before any work is done
-    let checkpoint = Checkpoint::load(&checkpoint::find(path)?)?;
+    let checkpoint = Checkpoint::load_weights(&checkpoint::find(path)?)?;
     without_guides(&checkpoint, path)?;
     Ok(checkpoint)
 }

@@ -11,7 +11,8 @@ use std::fs;
 use std::path::Path;
 
 use crate::cli::ReportArgs;
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
+use crate::files::write_atomically;
 use crate::plot::{self, Curve, Line, Rates};
 use figures::{QUANTITIES, layers, matrices, place, ramp, rate_lines, with_spectra};
 use input::Input;

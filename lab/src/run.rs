@@ -1,4 +1,4 @@
-//! The directory of a run: config.toml, metrics.jsonl, checkpoints, final.json, loss.svg.
+//! The directory of a run: config.toml, metrics.jsonl, checkpoints, final.json, loss.svg, and event files if asked for.
 //!
 //! A directory holds one run; what is in it is only ever added to, or replaced whole. metrics.jsonl is one JSON
 //! object a line, in the order of the steps and without repeats, also after a resume.
@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Method, name};
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
+use crate::files::write_atomically;
+use crate::tensorboard::{self, Events};
 
 /// One line of metrics.jsonl. Losses are in nats per token; a loss that is not finite is written as null.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,10 +105,43 @@ pub struct Summary {
     pub seed: u64,
 }
 
+/// What final.json says, read tolerantly: one of an older version has fewer fields. Units as in [`Summary`].
+#[derive(Default, Deserialize)]
+pub struct Outcome {
+    pub val_loss: Option<f64>,
+    pub val_bits_per_byte: Option<f64>,
+    pub params: Option<u64>,
+    pub train_flops: Option<f64>,
+}
+
+impl Outcome {
+    /// None where there is no such file: the run has not ended.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not JSON.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        read_json(path)
+    }
+}
+
+/// The value of a JSON file, if there is one.
+///
+/// # Errors
+/// A file that cannot be read or says something else.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let bytes = fs::read(path).map_err(cannot("read", path))?;
+    serde_json::from_slice(&bytes).map(Some).map_err(cannot("use", path))
+}
+
 /// An open run directory.
 pub struct Run {
     pub directory: PathBuf,
     metrics: File,
+    /// The same records for TensorBoard.
+    events: Option<Events>,
 }
 
 impl Run {
@@ -141,19 +176,37 @@ impl Run {
     /// A directory that cannot be read or written; a line before the last that is no record.
     pub fn resume(directory: &Path, step: u64) -> Result<Self> {
         let path = directory.join("metrics.jsonl");
+        let mut kept = Vec::new();
         if path.exists() {
-            let kept: Vec<Record> = read_metrics(&path)?.into_iter().filter(|r| r.step <= step).collect();
+            kept = read_metrics(&path)?;
+            kept.retain(|record| record.step <= step);
             let lines: String = kept.iter().map(line).collect();
             write_atomically(&path, lines.as_bytes())?;
         }
-        Self::open(directory.to_owned())
+        let mut run = Self::open(directory.to_owned())?;
+        if tensorboard::exist(directory)? {
+            run.events = Some(Events::open(directory, &kept)?);
+        }
+        Ok(run)
+    }
+
+    /// Writes event files for TensorBoard too; with those of before, if there are none yet.
+    ///
+    /// # Errors
+    /// A directory that cannot be read or written.
+    pub fn with_tensorboard(mut self) -> Result<Self> {
+        if self.events.is_none() {
+            let records = read_metrics(&self.directory.join("metrics.jsonl"))?;
+            self.events = Some(Events::open(&self.directory, &records)?);
+        }
+        Ok(self)
     }
 
     fn open(directory: PathBuf) -> Result<Self> {
         let path = directory.join("metrics.jsonl");
         let metrics =
             OpenOptions::new().create(true).append(true).open(&path).map_err(cannot("write", &path))?;
-        Ok(Run { directory, metrics })
+        Ok(Run { directory, metrics, events: None })
     }
 
     /// Appends one line to metrics.jsonl.
@@ -164,7 +217,8 @@ impl Run {
         // One write per line: a crash cuts off the last line at most.
         self.metrics
             .write_all(line(record).as_bytes())
-            .map_err(cannot("write", &self.directory.join("metrics.jsonl")))
+            .map_err(cannot("write", &self.directory.join("metrics.jsonl")))?;
+        self.events.as_mut().map_or(Ok(()), |events| events.log(record))
     }
 
     /// Saves a checkpoint; the records up to it reach the disk first.
@@ -194,7 +248,12 @@ impl Run {
     ///
     /// # Errors
     /// A full disk and the like.
-    pub fn finish(&self, summary: &Summary) -> Result<()> {
+    pub fn finish(&mut self, summary: &Summary) -> Result<()> {
+        if let Some(events) = &mut self.events {
+            let bits = ("final/validation_bits_per_byte".to_owned(), summary.val_bits_per_byte);
+            let scalars = [("final/validation_loss".to_owned(), Some(summary.val_loss)), bits];
+            events.scalars(summary.steps as u64, &scalars)?;
+        }
         let json = serde_json::to_string_pretty(summary).expect("plain values") + "\n";
         write_atomically(&self.directory.join("final.json"), json.as_bytes())
     }
@@ -349,7 +408,7 @@ mod tests {
     #[test]
     fn the_outcome_is_written_as_json() {
         let dir = tempfile::tempdir().unwrap();
-        let run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
+        let mut run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
         let summary = Summary {
             val_loss: 1.7,
             val_bits_per_byte: Some(2.45),

@@ -15,6 +15,7 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, cannot};
+use crate::files::mapped;
 
 /// Bytes of llm.c's header.
 const HEADER: usize = 256 * 4;
@@ -92,11 +93,7 @@ impl Shard {
     /// A file that cannot be read, has no tokens, a part of one, another number of them than its header says, or a version
     /// that is unknown here.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(cannot("read the tokens", path))?;
-        // SAFETY: the map is read-only and private to this value, and its bytes, which may have any value, are only copied
-        // out of it. Nobody may change the file meanwhile: this program never does, it replaces files by renaming others;
-        // where another program shortens one, the system ends the process (SIGBUS) on the next access behind the new end.
-        let map = unsafe { Mmap::map(&file) }.map_err(cannot("map the tokens", path))?;
+        let map = mapped("read the tokens", path)?;
         let refuse = |what: String| Err(Error::new(format!("tokens: {} {what}", path.display())));
         let field = |i: usize| {
             let bytes = map.get(4 * i..4 * i + 4)?;

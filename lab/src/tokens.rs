@@ -294,7 +294,7 @@ pub fn byte_letters() -> impl Iterator<Item = char> {
 #[cfg(feature = "tokenizers")]
 pub fn train(args: &TokenizerArgs) -> Result<()> {
     use crate::data::text_files;
-    use crate::error::write_atomically;
+    use crate::files::write_atomically;
     use tokenizers::models::bpe::{BPE, BpeTrainer};
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
     use tokenizers::{AddedToken, ModelWrapper};

@@ -44,7 +44,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (saved.meta.config.resumed_with(&asked)?, saved.tokenizer()?, Start::Resume(Box::new(saved)))
         }
         (None, Some(path)) => {
-            let weights = Checkpoint::load(&checkpoint::find(path)?)?;
+            let weights = Checkpoint::load_weights(&checkpoint::find(path)?)?;
             without_guides(&weights, path)?;
             let (asked, mut tokenizer) = asked.with_tokenizer()?;
             if asked.training.tokenizer.is_none() {
@@ -63,6 +63,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         }
         _ => Run::create(&config)?,
     };
+    let run = if args.tensorboard { run.with_tensorboard()? } else { run };
     catch_interrupts()?;
     crate::pool(config.threads)?.install(|| {
         on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, start))

@@ -831,3 +831,96 @@ fn text_is_packed_into_token_files() {
     assert!(errors.contains("holds 2147483647 at most"), "{errors}");
     assert!(!desk.path("x").exists() && !desk.path("x.packing").exists());
 }
+
+#[test]
+fn runs_are_listed() {
+    let desk = Desk::new();
+    desk.train("runs/one", "--steps 20 --eval-every 0");
+    desk.train("runs/deep/two", "--steps 30 --stop-after 4 --eval-every 2 --seed 7 --log-every 1");
+    let shown = desk.ok("runs");
+    let lines: Vec<&str> = shown.lines().collect();
+    assert_eq!(lines.len(), 3, "{shown}");
+    assert!(
+        lines[1].starts_with("runs/deep/two")
+            && lines[1].contains("  step 4 of 30  ")
+            && lines[1].contains(" ~")
+    );
+    assert!(lines[2].starts_with("runs/one") && lines[2].contains("  finished  ") && !lines[2].contains('~'));
+
+    let rows: Vec<Value> = desk
+        .ok("runs runs/one runs/deep --by loss --json")
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let outcome = json(&desk.path("runs/one/final.json"));
+    let one = rows.iter().find(|row| row["run"] == "runs/one").unwrap();
+    for key in ["val_loss", "val_bits_per_byte", "params", "tokens", "method", "seed"] {
+        assert_eq!(one[key], outcome[key], "{key}");
+    }
+    let two = rows.iter().find(|row| row["run"] == "runs/deep/two").unwrap();
+    let newest = metrics(&desk.path("runs/deep/two")).pop().unwrap();
+    assert_eq!((&two["val_loss"], &two["step"], &two["seed"]), (&newest["val_loss"], &4.into(), &7.into()));
+    let losses: Vec<f64> = rows.iter().map(|row| row["val_loss"].as_f64().unwrap()).collect();
+    assert!(losses.is_sorted(), "{losses:?}");
+
+    // one that cannot be read hides no other
+    std::fs::write(desk.path("runs/one/metrics.jsonl"), "{}\n").unwrap();
+    let [shown, errors] = desk.succeeds("runs");
+    assert_eq!(shown.lines().count(), 2, "{shown}");
+    assert!(
+        errors.contains("left out: ") && errors.contains("metrics.jsonl line 1 is no record"),
+        "{errors}"
+    );
+    assert!(desk.refused("runs nowhere").contains("cannot list nowhere"));
+    std::fs::create_dir(desk.path("empty")).unwrap();
+    assert!(desk.refused("runs empty").contains("no run in empty: `rankgrad train` makes one"));
+}
+
+/// TensorBoard's own reader sees what metrics.jsonl says, each step once, though the run was stopped and went on, the first part
+/// without event files. Its Python is named by RANKGRAD_TENSORBOARD_PYTHON; says so and passes without.
+#[test]
+fn tensorboard_reads_the_records() {
+    let Some(python) = std::env::var_os("RANKGRAD_TENSORBOARD_PYTHON") else {
+        println!("skipped: RANKGRAD_TENSORBOARD_PYTHON names no Python with tensorboard");
+        return;
+    };
+    let desk = Desk::new();
+    let more = "--steps 12 --eval-every 3 --log-every 1 --telemetry-every 4 --checkpoint-every 5";
+    desk.train("run", &format!("{more} --stop-after 5"));
+    desk.ok("train --resume run --tensorboard --quiet --stop-after 8");
+    // as if the machine had stopped after step 8 but before its checkpoint
+    std::fs::remove_file(newest(&desk.path("run"))).unwrap();
+    desk.ok("train --resume run --quiet");
+
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tensorboard_scalars.py");
+    let output = Command::new(python).arg(script).arg(desk.path("run")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let scalars: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let read = |tag: &str| -> Vec<(u64, f64)> {
+        let points = scalars[tag].as_array().unwrap_or_else(|| panic!("no {tag}"));
+        points.iter().map(|p| (p[0].as_u64().unwrap(), p[1].as_f64().unwrap())).collect()
+    };
+    let records = metrics(&desk.path("run"));
+    assert_eq!(records.len(), 12);
+    let written = |at: &dyn Fn(&Value) -> Option<f64>| -> Vec<(u64, f64)> {
+        let point = |r: &Value| Some((r["step"].as_u64().unwrap(), f64::from(at(r)? as f32)));
+        records.iter().filter_map(point).collect()
+    };
+    for (tag, key) in [
+        ("loss/training", "loss"),
+        ("loss/validation", "val_loss"),
+        ("step/learning_rate", "lr"),
+        ("step/gradient_norm", "grad_norm"),
+        ("step/tokens", "tokens"),
+    ] {
+        assert_eq!(read(tag), written(&|r| r[key].as_f64()), "{tag}");
+    }
+    for quantity in ["sigma_a", "sigma_w", "update_over_eta", "rho"] {
+        let tag = format!("{quantity}/blocks.1.down");
+        let points = read(&tag);
+        assert_eq!(points.iter().map(|p| p.0).collect::<Vec<_>>(), [4, 8, 12]);
+        assert_eq!(points, written(&|r| r["pairs"]["blocks.1.down"][quantity].as_f64()), "{tag}");
+    }
+    let last = f64::from(json(&desk.path("run/final.json"))["val_loss"].as_f64().unwrap() as f32);
+    assert_eq!(read("final/validation_loss"), [(12, last)]);
+}

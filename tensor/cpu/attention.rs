@@ -148,9 +148,9 @@ fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cp
                 let rows = |values| gemv::Matrix { values, stride, transposed: false };
                 let columns = |values| gemv::Matrix { values, stride, transposed: true };
                 for ((q, o), lse) in q.chunks_exact(h).zip(o.chunks_exact_mut(h)).zip(lse) {
-                    gemv::multiply([1, h], q, columns(&ks[first..]), 0, &mut p); // S = Q·Kᵀ
+                    gemv::dots([1, h], q, columns(&ks[first..]), 0, &mut p); // S = Q·Kᵀ
                     *lse = softmax(&mut p, T::of(z.scale));
-                    gemv::multiply([1, z.tk], &p, rows(&vs[first..]), 0, o); // O = P·V
+                    gemv::weighted_rows([1, z.tk], &p, rows(&vs[first..]), 0..z.tk, o); // O = P·V
                 }
             },
         );

@@ -168,7 +168,7 @@ fn few_rows<'a, T: Scalar>(a: &Mat<'a, Cpu<T>>, b: &Mat<'a, Cpu<T>>) -> Option<F
     Some(FewRows { sizes: [m, k, n], x, matrix })
 }
 
-/// C ← or += A·B, in as many pieces of columns as there are threads for it.
+/// C ← or += A·B with few rows of A, or one column of B, shared among threads if `pieces` is more than 1.
 fn few_rows_product<T: Scalar>(
     a: &Mat<Cpu<T>>,
     b: &Mat<Cpu<T>>,
@@ -178,34 +178,44 @@ fn few_rows_product<T: Scalar>(
 ) {
     let FewRows { sizes: [m, k, n], x, matrix } =
         few_rows(a, b).expect("one shape, and so one kind, in a batch");
-    let step = n.div_ceil(pieces).next_multiple_of(16);
-    // Y piece by piece, each [m, columns]
+    let c = &mut c.buffer_mut()[..m * n];
+    let (columns, parts) = match matrix.transposed {
+        true => (n.div_ceil(pieces).next_multiple_of(16), 1),
+        false => (n, k.div_ceil(gemv::PART).max(1)),
+    };
+    // Y [m, n]: column piece by column piece, each [m, columns], or as many parts of the sum
+    let run = |(i, y): (usize, &mut [T])| {
+        simd(
+            #[inline(always)]
+            || match matrix.transposed {
+                true => gemv::dots([m, k], &x, matrix, i * columns, y),
+                false => {
+                    let start = i * gemv::PART;
+                    gemv::weighted_rows([m, k], &x, matrix, start..k.min(start + gemv::PART), y);
+                }
+            },
+        );
+    };
     let multiply = |y: &mut [T]| {
-        let run = |(piece, y): (usize, &mut [T])| {
-            simd(
-                #[inline(always)]
-                || gemv::multiply([m, k], &x, matrix, piece * step, y),
-            );
-        };
         if pieces > 1 {
-            y.par_chunks_mut(step * m).enumerate().for_each(run);
+            y.par_chunks_mut(columns * m).enumerate().for_each(run);
         } else {
-            run((0, y));
+            y.chunks_mut(columns * m).enumerate().for_each(run);
         }
     };
-    let c = &mut c.buffer_mut()[..m * n];
-    if m == 1 && accum == Accum::Replace {
+    if accum == Accum::Replace && parts == 1 && (m == 1 || columns >= n) {
         return multiply(c);
     }
-    let mut y = Buffer::scratch(m * n);
+    let mut y = Buffer::scratch(m * n * parts);
     multiply(&mut y);
-    for (piece, y) in y.chunks(step * m).enumerate() {
-        let width = y.len() / m;
-        for (i, y) in y.chunks_exact(width).enumerate() {
-            let c = &mut c[i * n + piece * step..][..width];
+    for (i, y) in y.chunks(columns * m).enumerate() {
+        let (width, start) = (y.len() / m, if matrix.transposed { i * columns } else { 0 });
+        let first = matrix.transposed || i == 0; // the other parts of a sum are added to it
+        for (row, y) in y.chunks_exact(width).enumerate() {
+            let c = &mut c[row * n + start..][..width];
             match accum {
-                Accum::Replace => c.copy_from_slice(y),
-                Accum::Add => c.iter_mut().zip(y).for_each(|(c, &y)| *c += y),
+                Accum::Replace if first => c.copy_from_slice(y),
+                _ => c.iter_mut().zip(y).for_each(|(c, &y)| *c += y),
             }
         }
     }

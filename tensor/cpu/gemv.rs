@@ -2,14 +2,20 @@
 //! copied, as the tiles of sgemm.rs would do.
 //!
 //! Each element of Y is one sum over k in an order that depends on k alone: not on the other rows or columns that a call
-//! computes, so neither the cut among threads nor the company of other rows changes a bit.
+//! computes, so neither the cut among threads nor the company of other rows changes a bit. Where rows of M are added up, the
+//! rows are divided, in parts of [`PART`] whoever computes them, so that each thread reads one stretch of memory.
 //! Letters: Y (m×n) = X (m×k) · M (k×n); i, p, j run over m, k, n.
+
+use std::ops::Range;
 
 use super::{Scalar, rows};
 use rows::LANES;
 
 /// Rows of X up to which this beats the tiles: each costs a pass over what was read.
 pub(super) const ROWS: usize = 4;
+
+/// Rows of M that are added up together.
+pub(super) const PART: usize = 128;
 
 /// Columns of Y that stay in the first-level cache while the rows of M pass by.
 const BLOCK: usize = 2048;
@@ -23,21 +29,15 @@ pub(super) struct Matrix<'a, T> {
     pub transposed: bool,
 }
 
-/// Y [m, w] ← columns `start..start + w` of X [m, k] · M, with m·w elements in `y`. To be called in `simd`.
+/// Of a transposed M: Y [m, w] ← columns `start..start + w` of X [m, k] · M, with m·w elements in `y`; y[i, j] = Σ x[i, p]·b[j, p].
+/// Four rows of b at a time, to have enough sums under way. To be called in `simd`.
 #[inline(always)]
-pub(super) fn multiply<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, start: usize, y: &mut [T]) {
+pub(super) fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, start: usize, y: &mut [T]) {
     if k == 0 {
-        y.fill(T::zero());
-    } else if matrix.transposed {
-        dots([m, k], x, &matrix.values[start * matrix.stride..], matrix.stride, y);
-    } else {
-        weighted_rows([m, k], x, &matrix.values[start..], matrix.stride, y);
+        return y.fill(T::zero());
     }
-}
-
-/// y[i, j] = Σ x[i, p]·b[j, p]: four rows of b at a time, to have enough sums under way.
-#[inline(always)]
-fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize, y: &mut [T]) {
+    let Matrix { values, stride, .. } = matrix;
+    let b = &values[start * stride..];
     let w = y.len() / m;
     let row = |j: usize| &b[j * stride..][..k];
     let whole = w - w % 4;
@@ -82,16 +82,23 @@ fn add_products<T: Scalar>(sums: &mut [T; LANES], x: &[T], b: &[T]) {
     }
 }
 
-/// y[i, j] = Σ x[i, p]·b[p, j]: four rows of b at a time, to write y a quarter as often.
+/// Of an M that lies as it is: Y [m, n] ← Σ x[i, p]·b[p, j] over a part `p` of k. Four rows of b at a time, to write y a quarter as
+/// often. To be called in `simd`.
 #[inline(always)]
-fn weighted_rows<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize, y: &mut [T]) {
-    let w = y.len() / m;
+pub(super) fn weighted_rows<T: Scalar>(
+    [m, k]: [usize; 2],
+    x: &[T],
+    matrix: Matrix<T>,
+    part: Range<usize>,
+    y: &mut [T],
+) {
+    let (w, Matrix { values, stride, .. }) = (y.len() / m, matrix);
     y.fill(T::zero());
-    let whole = k - k % 4;
+    let whole = part.end - part.len() % 4;
     for start in (0..w).step_by(BLOCK) {
         let width = BLOCK.min(w - start);
-        let row = |p: usize| &b[p * stride + start..][..width];
-        for p in (0..whole).step_by(4) {
+        let row = |p: usize| &values[p * stride + start..][..width];
+        for p in (part.start..whole).step_by(4) {
             let rows = [row(p), row(p + 1), row(p + 2), row(p + 3)];
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
                 let x: [T; 4] = std::array::from_fn(|q| x[p + q]);
@@ -102,7 +109,7 @@ fn weighted_rows<T: Scalar>([m, k]: [usize; 2], x: &[T], b: &[T], stride: usize,
                 }
             }
         }
-        for p in whole..k {
+        for p in whole..part.end {
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
                 for (y, &b) in y[i * w + start..][..width].iter_mut().zip(row(p)) {
                     *y += x[p] * b;

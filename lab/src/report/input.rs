@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Overrides};
 use crate::error::{Error, Result, cannot};
-use crate::run::{Record, Telemetry, read_metrics};
+use crate::run::{Outcome, Record, Telemetry, read_json, read_metrics};
 
 /// Everything a report shows.
 #[derive(Default)]
@@ -37,15 +37,6 @@ pub struct Run {
     pub spectra: Vec<Spectra>,
     /// Absent while the run has not ended.
     pub outcome: Option<Outcome>,
-}
-
-/// What final.json says, as far as it is used here. Units as in `run::Summary`.
-#[derive(Deserialize)]
-pub struct Outcome {
-    pub val_loss: Option<f64>,
-    pub val_bits_per_byte: Option<f64>,
-    pub params: Option<u64>,
-    pub train_flops: Option<f64>,
 }
 
 /// The telemetry of one step: matrix → quantity → value. A matrix is a pair or, in a dense model, a hidden matrix.
@@ -186,7 +177,7 @@ impl Run {
             return Ok(None);
         }
         let spectra = spectra(&records);
-        let outcome = read_json(&directory.join("final.json"))?;
+        let outcome = Outcome::read(&directory.join("final.json"))?;
         Ok(Some(Run { arm: name.clone(), name, best: true, config, records, spectra, outcome }))
     }
 
@@ -257,14 +248,6 @@ fn directories(path: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let bytes = fs::read(path).map_err(cannot("read", path))?;
-    serde_json::from_slice(&bytes).map(Some).map_err(cannot("use", path))
 }
 
 /// The telemetry of the records that have any, by quantity. What is absent (null: not finite) is left out.

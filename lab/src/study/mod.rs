@@ -22,7 +22,8 @@ use crate::config::{
     Config, ModelOptions, Overrides, ShapeOptions, TrainingOptions, absolute, merge, name, table,
 };
 use crate::data::Corpus;
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
+use crate::files::write_atomically;
 use crate::progress::catch_interrupts;
 use crate::study::execute::Study;
 use crate::study::plan::Plan;

@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Overrides, table};
-use crate::error::{Error, Result, cannot, write_atomically};
+use crate::error::{Error, Result, cannot};
+use crate::files::write_atomically;
 use crate::run::{Record, Summary, read_metrics};
 
 /// A run that is over.

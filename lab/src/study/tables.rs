@@ -7,7 +7,8 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::{Config, name};
-use crate::error::{Result, write_atomically};
+use crate::error::Result;
+use crate::files::write_atomically;
 use crate::flops::{parameters, step_flops};
 use crate::study::execute::Outcomes;
 use crate::study::long;
