@@ -12,11 +12,8 @@ use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[cfg_attr(
-    feature = "serde",
-    derive(serde::Serialize, serde::Deserialize),
-    serde(default, deny_unknown_fields)
-)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct NewtonSchulz {
     pub coefficients: [f64; 3],
     pub steps: usize,

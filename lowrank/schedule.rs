@@ -16,7 +16,8 @@ pub enum ScheduleKind {
 
 /// A linear warm-up followed by one of the shapes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Schedule {
     pub kind: ScheduleKind,
     /// Total steps.

@@ -12,11 +12,8 @@ use crate::tensor::{Backend, Tensor};
 
 /// The settings of [`Spectron`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[cfg_attr(
-    feature = "serde",
-    derive(serde::Serialize, serde::Deserialize),
-    serde(default, deny_unknown_fields)
-)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct SpectronConfig {
     /// β of the momentum M ← βM + (1−β)∇. The paper's 0.95.
     pub beta: f64,
