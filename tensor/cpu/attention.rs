@@ -133,29 +133,56 @@ fn softmax<T: Scalar>(x: &mut [T], scale: T) -> T {
 
 /// [`attention`] of one query per sequence, which sees every key: K and V are read where they stand.
 fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cpus<T>; 2] {
-    let (h, stride, kv_heads) = (z.h, k.cols(), z.how.kv_heads);
+    let Attention { batch, heads, kv_heads, .. } = z.how;
+    let (h, stride) = (z.h, k.cols());
     let mut o = Tensor::scratch(q.device(), q.shape()); // [batch, heads·h]
-    let mut lse = Tensor::scratch(q.device(), [z.how.batch, z.how.heads, 1]); // [batch, heads, 1]
+    let mut lse = Tensor::scratch(q.device(), [batch, heads, 1]); // [batch, heads, 1]
     let (qs, ks, vs) = (whole(q, q), whole(k, k), whole(v, k));
-    let width = z.group * h; // the query heads of one key/value head
-    let outputs = o.buffer_mut().par_chunks_mut(width).zip(lse.buffer_mut().par_chunks_mut(z.group));
-    outputs.zip(qs.par_chunks(width)).enumerate().for_each(|(task, ((o, lse), q))| {
-        let first = task / kv_heads * z.tk * stride + task % kv_heads * h; // of this sequence and head
-        let mut p = Buffer::scratch(z.tk); // S, then P [1, tk]
-        simd(
-            #[inline(always)]
-            || {
-                let rows = |values| gemv::Matrix { values, stride, transposed: false };
-                let columns = |values| gemv::Matrix { values, stride, transposed: true };
-                for ((q, o), lse) in q.chunks_exact(h).zip(o.chunks_exact_mut(h)).zip(lse) {
-                    gemv::dots([1, h], q, columns(&ks[first..]), 0, &mut p); // S = Q·Kᵀ
-                    *lse = softmax(&mut p, T::of(z.scale));
-                    gemv::weighted_rows([1, z.tk], &p, rows(&vs[first..]), 0..z.tk, o); // O = P·V
-                }
-            },
-        );
+    let tasks = rayon::current_num_threads().div_ceil(batch).min(kv_heads); // of a sequence
+    let kv_each = kv_heads.div_ceil(tasks);
+    let each = kv_each * z.group;
+    let outputs = o.buffer_mut().par_chunks_mut(heads * h).zip(lse.buffer_mut().par_chunks_mut(heads));
+    outputs.zip(qs.par_chunks(heads * h)).enumerate().for_each(|(sequence, ((o, lse), q))| {
+        let parts = o.par_chunks_mut(each * h).zip(lse.par_chunks_mut(each)).zip(q.par_chunks(each * h));
+        parts.enumerate().for_each(|(task, ((o, lse), q))| {
+            let first = sequence * z.tk * stride + task * kv_each * h;
+            simd(
+                #[inline(always)]
+                || one_query_of(z, stride, [q, &ks[first..], &vs[first..]], o, lse),
+            );
+        });
     });
     [o, lse]
+}
+
+/// The query heads of one task, q and o [heads·h], whose keys and values begin with k and v. Rows of K and V are read four at a time
+/// for all heads: they come from memory, where a head by itself is a few lines here and there.
+#[inline(always)]
+fn one_query_of<T: Scalar>(z: &Sizes, stride: usize, [q, k, v]: [&[T]; 3], o: &mut [T], lse: &mut [T]) {
+    let Sizes { h, group, tk, scale, .. } = *z;
+    let mut p = Buffer::scratch(lse.len() * tk); // S, then P [heads, tk]
+    for t in (0..tk).step_by(4) {
+        for (j, (q, p)) in q.chunks_exact(h).zip(p.chunks_exact_mut(tk)).enumerate() {
+            let keys = gemv::Matrix { values: &k[t * stride + j / group * h..], stride, transposed: true };
+            gemv::dots([1, h], q, keys, 0, &mut p[t..tk.min(t + 4)]); // S = Q·Kᵀ
+        }
+    }
+    for (p, lse) in p.chunks_exact_mut(tk).zip(lse) {
+        *lse = softmax(p, T::of(scale));
+    }
+    o.fill(T::zero());
+    let value = |t: usize, j: usize| &v[t * stride + j / group * h..][..h];
+    let whole = tk - tk % 4;
+    for t in (0..whole).step_by(4) {
+        for (j, (o, p)) in o.chunks_exact_mut(h).zip(p.chunks_exact(tk)).enumerate() {
+            gemv::add_weighted(o, &p[t..t + 4], [0, 1, 2, 3].map(|i| value(t + i, j))); // O = P·V
+        }
+    }
+    for t in whole..tk {
+        for (j, (o, p)) in o.chunks_exact_mut(h).zip(p.chunks_exact(tk)).enumerate() {
+            o.iter_mut().zip(value(t, j)).for_each(|(o, &v)| *o += p[t] * v);
+        }
+    }
 }
 
 pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: Attention) -> [Cpus<T>; 2] {

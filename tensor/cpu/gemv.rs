@@ -101,12 +101,7 @@ pub(super) fn weighted_rows<T: Scalar>(
         for p in (part.start..whole).step_by(4) {
             let rows = [row(p), row(p + 1), row(p + 2), row(p + 3)];
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-                let x: [T; 4] = std::array::from_fn(|q| x[p + q]);
-                let pairs = rows[0].iter().zip(rows[1]).zip(rows[2].iter().zip(rows[3]));
-                let y = &mut y[i * w + start..][..width];
-                for (y, ((&b0, &b1), (&b2, &b3))) in y.iter_mut().zip(pairs) {
-                    *y = *y + x[0] * b0 + x[1] * b1 + x[2] * b2 + x[3] * b3;
-                }
+                add_weighted(&mut y[i * w + start..][..width], &x[p..p + 4], rows);
             }
         }
         for p in whole..part.end {
@@ -116,5 +111,14 @@ pub(super) fn weighted_rows<T: Scalar>(
                 }
             }
         }
+    }
+}
+
+/// Adds four rows, each times its weight, to y.
+#[inline(always)]
+pub(super) fn add_weighted<T: Scalar>(y: &mut [T], weights: &[T], [b0, b1, b2, b3]: [&[T]; 4]) {
+    let &[x0, x1, x2, x3] = weights else { unreachable!("four weights") };
+    for (y, ((&b0, &b1), (&b2, &b3))) in y.iter_mut().zip(b0.iter().zip(b1).zip(b2.iter().zip(b3))) {
+        *y = *y + x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3;
     }
 }
