@@ -73,7 +73,8 @@ def main() -> None:
 
         def theirs(preload: str) -> float:
             command = [sys.executable, __file__, "--transformers", model, str(context // 2), str(args.threads)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "LD_PRELOAD": preload, "HF_HUB_OFFLINE": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "LD_PRELOAD": preload, "HF_HUB_OFFLINE": "1",
+                           "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
             out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             return max(json.loads(out.splitlines()[-1]).values())
 

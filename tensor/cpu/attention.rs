@@ -175,7 +175,7 @@ fn one_query_of<T: Scalar>(z: &Sizes, stride: usize, [q, k, v]: [&[T]; 3], o: &m
     let whole = tk - tk % 4;
     for t in (0..whole).step_by(4) {
         for (j, (o, p)) in o.chunks_exact_mut(h).zip(p.chunks_exact(tk)).enumerate() {
-            gemv::add_weighted(o, &p[t..t + 4], [0, 1, 2, 3].map(|i| value(t + i, j))); // O = P·V
+            gemv::add_weighted(o, &p[t..t + 4], [0, 1, 2, 3].map(|i| value(t + i, j)), 4 * stride); // O = P·V
         }
     }
     for t in whole..tk {

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use super::{Scalar, rows};
+use super::{Scalar, prefetch, rows};
 use rows::LANES;
 
 /// Rows of X up to which this beats the tiles: each costs a pass over what was read.
@@ -44,7 +44,7 @@ pub(super) fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, st
     for j in (0..whole).step_by(4) {
         let rows = [row(j), row(j + 1), row(j + 2), row(j + 3)];
         for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-            y[i * w + j..][..4].copy_from_slice(&four_dots(x, rows));
+            y[i * w + j..][..4].copy_from_slice(&four_dots(x, rows, 4 * stride));
         }
     }
     for j in whole..w {
@@ -54,24 +54,29 @@ pub(super) fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, st
     }
 }
 
-/// The products of x with each of four rows as long, each by the same additions as `rows::sum2`.
+/// The products of x with each of four rows as long, each by the same additions as `rows::sum2`. What is `ahead` elements further is
+/// asked for meanwhile: where rows are short the processor does not see in time what comes next.
 #[inline(always)]
-fn four_dots<T: Scalar>(x: &[T], [b0, b1, b2, b3]: [&[T]; 4]) -> [T; 4] {
+fn four_dots<T: Scalar>(x: &[T], [b0, b1, b2, b3]: [&[T]; 4], ahead: usize) -> [T; 4] {
     // A name for each row: sums that a loop over rows indexed were kept in memory, and added one at a time.
     let [mut s0, mut s1, mut s2, mut s3] = [[T::zero(); LANES]; 4];
     let (x, x_rest) = x.as_chunks::<LANES>();
     let [(b0, r0), (b1, r1), (b2, r2), (b3, r3)] = [b0, b1, b2, b3].map(|b| b.as_chunks::<LANES>());
     for ((x, b0), ((b1, b2), b3)) in x.iter().zip(b0).zip(b1.iter().zip(b2).zip(b3)) {
+        for b in [b0, b1, b2, b3] {
+            prefetch(b.as_ptr().wrapping_add(ahead));
+        }
         add_products(&mut s0, x, b0);
         add_products(&mut s1, x, b1);
         add_products(&mut s2, x, b2);
         add_products(&mut s3, x, b3);
     }
-    add_products(&mut s0, x_rest, r0);
-    add_products(&mut s1, x_rest, r1);
-    add_products(&mut s2, x_rest, r2);
-    add_products(&mut s3, x_rest, r3);
-    [s0, s1, s2, s3].map(rows::fold)
+    // through a barrier: for the sake of what follows, the compiler would keep sums of the loop above in memory
+    let mut sums = std::hint::black_box([s0, s1, s2, s3]);
+    for (sums, rest) in sums.iter_mut().zip([r0, r1, r2, r3]) {
+        add_products(sums, x_rest, rest);
+    }
+    sums.map(rows::fold)
 }
 
 /// Adds x ∘ b to the sums, as many as there are of either.
@@ -101,7 +106,7 @@ pub(super) fn weighted_rows<T: Scalar>(
         for p in (part.start..whole).step_by(4) {
             let rows = [row(p), row(p + 1), row(p + 2), row(p + 3)];
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-                add_weighted(&mut y[i * w + start..][..width], &x[p..p + 4], rows);
+                add_weighted(&mut y[i * w + start..][..width], &x[p..p + 4], rows, 4 * stride);
             }
         }
         for p in whole..part.end {
@@ -114,10 +119,14 @@ pub(super) fn weighted_rows<T: Scalar>(
     }
 }
 
-/// Adds four rows, each times its weight, to y.
+/// Adds four rows, each times its weight, to y, and asks for what is `ahead` elements further.
 #[inline(always)]
-pub(super) fn add_weighted<T: Scalar>(y: &mut [T], weights: &[T], [b0, b1, b2, b3]: [&[T]; 4]) {
+pub(super) fn add_weighted<T: Scalar>(y: &mut [T], weights: &[T], rows: [&[T]; 4], ahead: usize) {
     let &[x0, x1, x2, x3] = weights else { unreachable!("four weights") };
+    for b in rows {
+        (0..b.len()).step_by(64 / size_of::<T>()).for_each(|i| prefetch(b.as_ptr().wrapping_add(ahead + i)));
+    }
+    let [b0, b1, b2, b3] = rows;
     for (y, ((&b0, &b1), (&b2, &b3))) in y.iter_mut().zip(b0.iter().zip(b1).zip(b2.iter().zip(b3))) {
         *y = *y + x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3;
     }

@@ -37,6 +37,19 @@ pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
+/// Asks for the cache line at `x`, if the processor can be asked.
+#[inline(always)]
+fn prefetch<T>(x: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint reads nothing
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(x.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
+}
+
 /// A tensor like `x` filled by `f(chunk of x, chunk of y)`, in parallel.
 fn map<T: Scalar>(x: &Tensor<Cpu<T>>, f: impl Fn(&[T], &mut [T]) + Sync) -> Tensor<Cpu<T>> {
     let mut y = Tensor::scratch(x.device(), x.shape()); // like x

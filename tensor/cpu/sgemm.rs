@@ -3,7 +3,7 @@
 //! Not the sharing among threads (gemm.rs). B is copied into panels as wide as a tile, so that it is read in order. A tile
 //! reads one element at a time of each of its rows of A: where they stand if they are contiguous, or are read few times. Letters: C (m×n) ← or += A (m×k) · B (k×n); i, p, j run over m, k, n.
 
-use super::Accum;
+use super::{Accum, prefetch};
 use pulp::{Simd, WithSimd};
 use std::cell::RefCell;
 
@@ -337,19 +337,6 @@ unsafe fn add_product<S: Simd, const H: usize>(
             }
         }
     }
-}
-
-/// Asks for the cache line at `x`, if the processor can be asked.
-#[inline(always)]
-fn prefetch(x: *const f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint reads nothing
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(x.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = x;
 }
 
 #[cfg(test)]
