@@ -128,6 +128,8 @@ pub struct Json {
     inner: tokenizers::Tokenizer,
     /// Its tokens are spelt in GPT-2's letters for bytes: the byte of each letter.
     letters: Option<std::collections::HashMap<char, u8>>,
+    /// The quick way, if it divides text as GPT-2 does.
+    words: Option<crate::words::Words>,
 }
 
 #[cfg(feature = "tokenizers")]
@@ -143,7 +145,8 @@ impl Json {
         }
         let spelt_in_bytes = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
         let letters = spelt_in_bytes.then(|| byte_letters().zip(0..=255u8).collect());
-        Ok(Json { text, origin: origin.to_owned(), vocab, inner, letters })
+        let words = crate::words::Words::of(&inner);
+        Ok(Json { text, origin: origin.to_owned(), vocab, inner, letters, words })
     }
 
     fn text(&self) -> &str {
@@ -180,8 +183,12 @@ impl Json {
         let ids: Vec<Vec<u32>> = parts
             .into_par_iter()
             .map(|part| {
-                let encoding = self.inner.encode_fast(part, false);
-                encoding.map(|e| e.get_ids().to_vec()).map_err(|e| Error::new(format!("{what}: {e}")))
+                let quick = self.words.as_ref().map_or(Ok(None), |words| words.encode(&self.inner, part));
+                let ids = quick.and_then(|ids| match ids {
+                    Some(ids) => Ok(ids),
+                    None => self.inner.encode_fast(part, false).map(|e| e.get_ids().to_vec()),
+                });
+                ids.map_err(|e| Error::new(format!("{what}: {e}")))
             })
             .collect::<Result<_>>()?;
         Ok(ids.concat())
