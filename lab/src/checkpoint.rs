@@ -190,6 +190,30 @@ impl Checkpoint {
         }
     }
 
+    /// That tokenizer, or for a model that has none, such as one trained on token files, the one in a file.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tokenizer`]; a file that is another tokenizer than the checkpoint's, or has more tokens than the model.
+    pub fn tokenizer_or(&self, file: Option<&Path>) -> Result<Tokenizer> {
+        let Some(path) = file else { return self.tokenizer() };
+        let given = Tokenizer::open(Some(path))?;
+        if self.tokenizer.is_some() && self.tokenizer.as_deref() != given.json() {
+            return Err(Error::new(format!(
+                "tokenizer {} is not the one that the checkpoint was trained with; leave --tokenizer out: the checkpoint has its own",
+                path.display()
+            )));
+        }
+        let vocab = self.meta.config.vocab;
+        if given.vocab() > vocab {
+            return Err(Error::new(format!(
+                "tokenizer {} does not match the checkpoint: it has {} tokens, the model {vocab}; give the one that it was trained with",
+                path.display(),
+                given.vocab()
+            )));
+        }
+        Ok(given)
+    }
+
     /// Moves out the values of a tensor that must have this shape.
     ///
     /// # Errors

@@ -143,6 +143,9 @@ pub struct EvalArgs {
     /// Files or directories, all of whose bytes are evaluated
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Vec<PathBuf>,
+    /// A tokenizer.json, for a model that was trained on token files without one; every other checkpoint has its own
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Number of batches, spread evenly over the split; 0 = the whole split
     #[arg(long, default_value_t = 0)]
     pub batches: usize,
@@ -180,6 +183,9 @@ pub struct GenerateArgs {
     /// A file of prompts, one a line; empty lines are skipped
     #[arg(long, value_name = "FILE", conflicts_with_all = ["interactive", "bench"])]
     pub prompts: Option<PathBuf>,
+    /// A tokenizer.json, for a model that was trained on token files without one; every other checkpoint has its own
+    #[arg(long, value_name = "FILE", conflicts_with = "bench")]
+    pub tokenizer: Option<PathBuf>,
     /// Continue each line of standard input, after all that was said before; an empty line ends it
     #[arg(long, conflicts_with_all = ["json", "bench"])]
     pub interactive: bool,

@@ -37,7 +37,8 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         Some(path) => Some(Checkpoint::load_weights(&checkpoint::find(path)?)?),
         None => None, // --bench, of a model that nobody trained
     };
-    let tokenizer = checkpoint.as_ref().map_or(Ok(Tokenizer::Bytes), Checkpoint::tokenizer)?;
+    let of = |checkpoint: &Checkpoint| checkpoint.tokenizer_or(args.tokenizer.as_deref());
+    let tokenizer = checkpoint.as_ref().map_or(Ok(Tokenizer::Bytes), of)?;
     let sampling = Sampling { tokenizer: &tokenizer, ..sampling };
     on_device!(device::open(args.on.device)?, |device| {
         let (model, params) = match checkpoint {

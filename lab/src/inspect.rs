@@ -31,7 +31,8 @@ struct Evaluation {
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::load_weights(&checkpoint::find(&args.checkpoint)?)?;
     let config = checkpoint.meta.config.clone();
-    let corpus = corpus(&config, &checkpoint.tokenizer()?, &args.data, &args.val_data)?;
+    let corpus =
+        corpus(&config, &checkpoint.tokenizer_or(args.tokenizer.as_deref())?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
         on_device!(device::open(args.on.device)?, |device| {
             let (model, params) = load_model(&device, checkpoint)?;

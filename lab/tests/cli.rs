@@ -755,6 +755,12 @@ fn a_tokenizer_goes_where_the_model_goes() {
     assert!(same("tokens/tokenizer.json", "elsewhere.json"));
     desk.ok(&format!("{train} --data tokens --tokenizer tokens/tokenizer.json --out packed"));
     assert!(json(&desk.path("packed/final.json"))["val_bits_per_byte"].as_f64().unwrap() > 0.0);
+    // of a model that knows tokens alone, text is read and written with the tokenizer beside them
+    desk.ok(&format!("{train} --data tokens --vocab 300 --out ids"));
+    let line = "generate ids --tokenizer tokens/tokenizer.json --prompt 0123 --tokens 4 --temperature 0";
+    assert_eq!(desk.ok(line), desk.ok("generate packed --prompt 0123 --tokens 4 --temperature 0"));
+    desk.ok("eval ids --tokenizer tokens/tokenizer.json --data text");
+    desk.ok(&format!("{train} --data text --out bytes"));
     desk.ok("tokenizer train --data text --vocab 290 --out other.json");
     for (line, says) in [
         (format!("{train} --data tokens --out x"), "beyond the model's vocabulary of 256"),
@@ -764,6 +770,11 @@ fn a_tokenizer_goes_where_the_model_goes() {
             "fewer than the tokens of",
         ),
         (format!("{train} --data text --tokenizer text --out x"), "not a tokenizer.json"),
+        (
+            "eval run --tokenizer other.json".into(),
+            "other.json is not the one that the checkpoint was trained with",
+        ),
+        ("generate bytes --tokenizer other.json".into(), "it has 290 tokens, the model 256"),
         (format!("{train} --data tokens text --out x"), "give files of one kind"),
     ] {
         let errors = desk.refused(&line);
