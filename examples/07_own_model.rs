@@ -2,12 +2,15 @@
 //!
 //! The series (Mackey & Glass 1977) grows by 0.2·p/(1 + p¹⁰) − 0.1·x per step, p being x 17 steps ago. From 24 values in a row
 //! the network says what x will be 10 steps later. It is judged on a later part of the series against two forecasts that need no
-//! network: "no change", and the linear one that least squares find on the same windows. One seed; rates by a few trials on
-//! the training windows.
+//! network: "no change", and the linear one that least squares find on the same windows. One seed; the rates are a first guess.
 //! Letters: N windows, L values seen, d width (2d inside a block), r rank.
 //!
 //! ```text
 //! $ cargo run --release --example 07_own_model
+//! error on 500 later windows, in units of the series' deviation, from 20032 parameters
+//! no change    1.1517
+//! linear       0.4038
+//! the network  0.0030
 //! ```
 
 use nalgebra::DMatrix;

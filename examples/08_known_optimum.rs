@@ -1,14 +1,49 @@
 //! A problem whose best answer is known: a linear autoencoder, min ‖X − X·Wᵀ‖²_F over W = A·Bᵀ of rank 8. By Eckart & Young the
 //! best is what the truncated SVD of X leaves, Σ σ² beyond the eighth; how far above it do Spectron, Muon per factor and AdamW end?
 //!
-//! X [256, 48] is Gaussian with covariance eigenvalues i^−1.5, in random directions, so that what is dropped is no noise floor and
-//! the eighth direction is hardly worth more than the ninth. 300 steps, learning rate falling linearly to 0. Twice: all 256 rows in each
-//! step (exact gradients), and 64 drawn ones. Reported is (loss − best)/best of the whole X. Fairness: each method gets the
-//! learning rate that is best for it on one grid of powers of two, by the median of five starts, and is then judged by
-//! the median of five other starts.
+//! X [256, 48] is Gaussian with covariance eigenvalues i^−1.5, in random directions: the ninth direction is worth nearly as much as
+//! the eighth. 300 steps, learning rate falling linearly to 0. Twice: all 256 rows in each step (exact gradients), and 64 drawn
+//! ones. Reported is (loss − best)/best on the whole X. Fairness: each method gets the learning rate that is best for it on one
+//! grid of powers of two, by the median of five starts, and is then judged by the median of five other starts. 12 seconds.
+//!
+//! What it shows: at their best rates all three find the optimum, with exact gradients to 0.003 %. AdamW comes nearest and with drawn
+//! rows Spectron is last, but by less than a factor of two, which five starts hardly tell apart. What Spectron has is room: with all
+//! rows it stays within 0.1 % of the best at five of these rates, where Muon has four and AdamW three. One pair under a
+//! quadratic loss: no word on networks.
 //!
 //! ```text
 //! $ cargo run --release --example 08_known_optimum
+//! the best rank 8 leaves 17.0 % of the data
+//! all rows in each step (1e-9: that or less)
+//!   learning rate   Spectron   Muon per factor   AdamW
+//!   2^-10           5e0        5e0               8e-1
+//!   2^-9            5e0        4e0               3e-1
+//!   2^-8            4e0        2e0               5e-2
+//!   2^-7            3e0        2e-1              7e-3
+//!   2^-6            8e-1       4e-3              8e-4
+//!   2^-5            4e-2       2e-5              4e-5
+//!   2^-4            2e-4       8e-5              1e-5
+//!   2^-3            2e-5       3e-4              2e-3
+//!   2^-2            6e-5       1e-3              1e-1
+//!   2^-1            2e-4       7e-3              3e-1
+//!   2^0             9e-4       4e-2              1e0
+//!   2^1             4e-3       3e-1              5e0
+//!   other starts    1.7e-5     2.5e-5            1.3e-5
+//! 64 drawn rows
+//!   learning rate   Spectron   Muon per factor   AdamW
+//!   2^-10           5e0        5e0               1e0
+//!   2^-9            5e0        4e0               4e-1
+//!   2^-8            4e0        2e0               9e-2
+//!   2^-7            3e0        2e-1              2e-2
+//!   2^-6            8e-1       6e-3              1e-2
+//!   2^-5            4e-2       5e-3              4e-3
+//!   2^-4            4e-3       6e-3              4e-3
+//!   2^-3            4e-3       1e-2              9e-3
+//!   2^-2            5e-3       2e-2              6e-2
+//!   2^-1            1e-2       5e-2              4e-1
+//!   2^0             2e-2       2e-1              1e0
+//!   2^1             4e-2       1e0               6e0
+//!   other starts    5.7e-3     4.4e-3            3.2e-3
 //! ```
 
 use rand::Rng;
