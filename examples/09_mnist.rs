@@ -33,6 +33,7 @@ use std::{io::Read, path::Path, process::ExitCode, sync::Mutex, time::Instant};
 
 type B = Cpu<f32>;
 type PairRule = Box<dyn Rule<B, FactorPair<B>>>;
+type Build = fn(&mut Builder) -> Network;
 
 const IMAGES: &str = "t10k-images-idx3-ubyte";
 const LABELS: &str = "t10k-labels-idx1-ubyte";
@@ -299,7 +300,7 @@ impl Method {
 #[derive(Clone, Copy)]
 struct Arm {
     name: &'static str,
-    build: fn(&mut Builder) -> Network,
+    build: Build,
     method: Method,
 }
 
@@ -423,8 +424,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let networks: [(&'static str, fn(&mut Builder) -> Network); 2] =
-        [("transformer", Network::transformer), ("MLP", Network::mlp)];
+    let networks: [(&str, Build); 2] = [("transformer", Network::transformer), ("MLP", Network::mlp)];
     let arms = networks
         .into_iter()
         .flat_map(|(name, build)| Method::ALL.map(|method| Arm { name, build, method }))
@@ -523,7 +523,7 @@ mod tests {
     #[test]
     fn digits_of_a_batch_do_not_meet() {
         for (build, factored) in [
-            (Network::transformer as fn(&mut Builder) -> Network, true),
+            (Network::transformer as Build, true),
             (Network::transformer, false),
             (Network::mlp, true),
             (Network::mlp, false),
