@@ -10,13 +10,11 @@
 //!
 //! ```text
 //! $ cargo run --release --example 09_mnist
-//! nothing to do: RANKGRAD_DATA must name a directory with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, MNIST's test files, from https://ossci-datasets.s3.amazonaws.com/mnist/
+//! nothing to do: RANKGRAD_DATA must name a directory with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, MNIST's test files (any mirror of it has them)
 //! ```
 //!
-//! With the data, `RANKGRAD_DATA=DIRECTORY cargo run --release --example 09_mnist`:
-//!
-//! ```text
-//! ```
+//! With the data, `RANKGRAD_DATA=DIRECTORY cargo run --release --example 09_mnist`, the table of docs/results.md: all methods within
+//! a point of accuracy of each other, Spectron not ahead.
 
 use flate2::read::GzDecoder;
 use rand::seq::SliceRandom;
