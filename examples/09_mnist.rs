@@ -410,8 +410,7 @@ fn best(row: &[f32]) -> usize {
 fn main() -> ExitCode {
     let Some(directory) = std::env::var_os("RANKGRAD_DATA") else {
         println!(
-            "nothing to do: RANKGRAD_DATA must name a directory with {IMAGES}.gz and {LABELS}.gz, MNIST's test files, \
-             from https://ossci-datasets.s3.amazonaws.com/mnist/"
+            "nothing to do: RANKGRAD_DATA must name a directory with {IMAGES}.gz and {LABELS}.gz, MNIST's test files (any mirror of it has them)"
         );
         return ExitCode::SUCCESS;
     };
