@@ -462,7 +462,7 @@ fn read_crates(sources: &[PathBuf]) -> Result<(Vec<u8>, String)> {
 }
 
 fn pinned() -> Vec<(&'static str, String)> {
-    let lock: Table = include_str!("../../Cargo.lock").parse().expect("cargo writes TOML");
+    let lock: Table = include_str!(env!("RANKGRAD_LOCK")).parse().expect("cargo writes TOML");
     let packages = lock["package"].as_array().expect("a list of packages");
     let version = |name| {
         // the lock file has them in order of versions, and this project's own is the newest
@@ -603,7 +603,7 @@ mod tests {
     /// The versions that this program itself is built from; others may be there for the sake of its dependencies.
     #[test]
     fn each_default_crate_is_pinned_once() {
-        let lock = include_str!("../../Cargo.lock");
+        let lock = include_str!(env!("RANKGRAD_LOCK"));
         for (name, version) in pinned() {
             assert!(
                 lock.contains(&format!("name = \"{name}\"\nversion = \"{version}\"\n")),
