@@ -52,6 +52,18 @@ pub struct Telemetry {
     pub hidden: BTreeMap<String, MatrixRecord>,
 }
 
+impl Telemetry {
+    /// Matrix → quantity, as it is called here → value. What is absent (null: not finite) is left out.
+    pub fn numbers(&self) -> BTreeMap<String, BTreeMap<String, f64>> {
+        fn numbers<T: Serialize>((name, matrix): (&String, &T)) -> (String, BTreeMap<String, f64>) {
+            let value = serde_json::to_value(matrix).expect("plain values");
+            let fields = value.as_object().into_iter().flatten();
+            (name.clone(), fields.filter_map(|(key, value)| Some((key.clone(), value.as_f64()?))).collect())
+        }
+        self.pairs.iter().map(numbers).chain(self.hidden.iter().map(numbers)).collect()
+    }
+}
+
 /// A factor pair: what `pair_telemetry` sees, and what the rule reports where it does.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairRecord {

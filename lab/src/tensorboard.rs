@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crc::{CRC_32_ISCSI, Crc};
 
 use crate::error::{Result, cannot};
-use crate::run::{MatrixRecord, Record};
+use crate::run::Record;
 
 /// What TensorBoard looks for in a file's name.
 const PREFIX: &str = "events.out.tfevents.";
@@ -80,29 +80,9 @@ impl Events {
             ("step/tokens".to_owned(), Some(record.tokens as f64)),
             ("step/tokens_per_second".to_owned(), Some(record.tokens_per_second)),
         ];
-        let mut matrix = |name: &str, w: &MatrixRecord| {
-            for (quantity, value) in [
-                ("sigma_w", w.sigma_w),
-                ("stable_rank", w.stable_rank),
-                ("update", w.update),
-                ("update_over_eta", w.update_over_eta),
-                ("update_over_w", w.update_over_w),
-            ] {
-                values.push((format!("{quantity}/{name}"), value));
-            }
-        };
-        record.telemetry.hidden.iter().for_each(|(name, w)| matrix(name, w));
-        record.telemetry.pairs.iter().for_each(|(name, pair)| matrix(name, &pair.w));
-        for (name, pair) in &record.telemetry.pairs {
-            for (quantity, value) in [
-                ("sigma_a", pair.sigma_a),
-                ("sigma_b", pair.sigma_b),
-                ("gauge_imbalance", pair.gauge_imbalance),
-                ("rho", pair.rho),
-                ("shrink", pair.shrink),
-            ] {
-                values.push((format!("{quantity}/{name}"), value));
-            }
+        for (name, quantities) in record.telemetry.numbers() {
+            values
+                .extend(quantities.into_iter().map(|(quantity, x)| (format!("{quantity}/{name}"), Some(x))));
         }
         self.scalars(record.step, &values)
     }

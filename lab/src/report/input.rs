@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::config::{Config, Overrides};
 use crate::error::{Error, Result, cannot};
-use crate::run::{Outcome, Record, Telemetry, read_json, read_metrics};
+use crate::run::{Outcome, Record, read_json, read_metrics};
 
 /// Everything a report shows.
 #[derive(Default)]
@@ -252,14 +252,8 @@ fn directories(path: &Path) -> Result<Vec<String>> {
 
 /// The telemetry of the records that have any, by quantity. What is absent (null: not finite) is left out.
 fn spectra(records: &[Record]) -> Vec<Spectra> {
-    fn numbers<T: Serialize>((name, matrix): (&String, &T)) -> (String, BTreeMap<String, f64>) {
-        let value = serde_json::to_value(matrix).expect("plain values");
-        let fields = value.as_object().into_iter().flatten();
-        (name.clone(), fields.filter_map(|(key, value)| Some((key.clone(), value.as_f64()?))).collect())
-    }
     let one = |record: &Record| {
-        let Telemetry { pairs, hidden } = &record.telemetry;
-        let matrices: BTreeMap<_, _> = pairs.iter().map(numbers).chain(hidden.iter().map(numbers)).collect();
+        let matrices = record.telemetry.numbers();
         let Record { step, tokens, seconds, .. } = *record;
         (!matrices.is_empty()).then_some(Spectra { step, tokens, seconds, matrices })
     };
