@@ -155,32 +155,38 @@ fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cp
     [o, lse]
 }
 
-/// The query heads of one task, q and o [heads·h], whose keys and values begin with k and v. Rows of K and V are read four at a time
-/// for all heads: they come from memory, where a head by itself is a few lines here and there.
+/// The query heads of one task, q and o [heads·h], whose keys and values begin with k and v. Rows of K and V are read as gemv.rs does,
+/// for all heads together: they come from memory, where a head by itself is a few lines here and there.
 #[inline(always)]
 fn one_query_of<T: Scalar>(z: &Sizes, stride: usize, [q, k, v]: [&[T]; 3], o: &mut [T], lse: &mut [T]) {
     let Sizes { h, group, tk, scale, .. } = *z;
+    let head = |t: usize, j: usize| t * stride + j / group * h..t * stride + (j / group + 1) * h;
     let mut p = Buffer::scratch(lse.len() * tk); // S, then P [heads, tk]
-    for t in (0..tk).step_by(4) {
+    for t in 0..tk / 4 {
+        let at = gemv::quarters(t, tk);
         for (j, (q, p)) in q.chunks_exact(h).zip(p.chunks_exact_mut(tk)).enumerate() {
-            let keys = gemv::Matrix { values: &k[t * stride + j / group * h..], stride, transposed: true };
-            gemv::dots([1, h], q, keys, 0, &mut p[t..tk.min(t + 4)]); // S = Q·Kᵀ
+            let scores = gemv::four_dots(q, at.map(|t| &k[head(t, j)])); // S = Q·Kᵀ
+            at.into_iter().zip(scores).for_each(|(t, s)| p[t] = s);
+        }
+    }
+    for t in tk - tk % 4..tk {
+        for (j, (q, p)) in q.chunks_exact(h).zip(p.chunks_exact_mut(tk)).enumerate() {
+            p[t] = rows::sum2(q, &k[head(t, j)], |q, k| q * k);
         }
     }
     for (p, lse) in p.chunks_exact_mut(tk).zip(lse) {
         *lse = softmax(p, T::of(scale));
     }
     o.fill(T::zero());
-    let value = |t: usize, j: usize| &v[t * stride + j / group * h..][..h];
-    let whole = tk - tk % 4;
-    for t in (0..whole).step_by(4) {
+    for t in 0..tk / 4 {
+        let at = gemv::quarters(t, tk);
         for (j, (o, p)) in o.chunks_exact_mut(h).zip(p.chunks_exact(tk)).enumerate() {
-            gemv::add_weighted(o, &p[t..t + 4], [0, 1, 2, 3].map(|i| value(t + i, j)), 4 * stride); // O = P·V
+            gemv::add_weighted(o, at.map(|t| p[t]), at.map(|t| &v[head(t, j)])); // O = P·V
         }
     }
-    for t in whole..tk {
+    for t in tk - tk % 4..tk {
         for (j, (o, p)) in o.chunks_exact_mut(h).zip(p.chunks_exact(tk)).enumerate() {
-            o.iter_mut().zip(value(t, j)).for_each(|(o, &v)| *o += p[t] * v);
+            o.iter_mut().zip(&v[head(t, j)]).for_each(|(o, &v)| *o += p[t] * v);
         }
     }
 }

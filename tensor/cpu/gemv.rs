@@ -1,5 +1,8 @@
-//! Products of few rows with a matrix. Each takes as long as reading the matrix, so it is read once, in order, and never
+//! Products of few rows with a matrix. Each takes as long as reading the matrix, so it is read once and never
 //! copied, as the tiles of sgemm.rs would do.
+//!
+//! Four rows of the matrix are read at a time, each the next one of a quarter of its rows: four long stretches of memory that the
+//! processor fetches ahead by itself. (Four rows that follow each other are read at half that rate where they are shorter than a page.)
 //!
 //! Each element of Y is one sum over k in an order that depends on k alone: not on the other rows or columns that a call
 //! computes, so neither the cut among threads nor the company of other rows changes a bit. Where rows of M are added up, the
@@ -8,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::{Scalar, prefetch, rows};
+use super::{Scalar, rows};
 use rows::LANES;
 
 /// Rows of X up to which this beats the tiles: each costs a pass over what was read.
@@ -29,8 +32,13 @@ pub(super) struct Matrix<'a, T> {
     pub transposed: bool,
 }
 
+/// i, and i in each of the other three quarters of `n` numbers.
+pub(super) fn quarters(i: usize, n: usize) -> [usize; 4] {
+    [0, 1, 2, 3].map(|quarter| i + quarter * (n / 4))
+}
+
 /// Of a transposed M: Y [m, w] ← columns `start..start + w` of X [m, k] · M, with m·w elements in `y`; y[i, j] = Σ x[i, p]·b[j, p].
-/// Four rows of b at a time, to have enough sums under way. To be called in `simd`.
+/// To be called in `simd`.
 #[inline(always)]
 pub(super) fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, start: usize, y: &mut [T]) {
     if k == 0 {
@@ -40,32 +48,29 @@ pub(super) fn dots<T: Scalar>([m, k]: [usize; 2], x: &[T], matrix: Matrix<T>, st
     let b = &values[start * stride..];
     let w = y.len() / m;
     let row = |j: usize| &b[j * stride..][..k];
-    let whole = w - w % 4;
-    for j in (0..whole).step_by(4) {
-        let rows = [row(j), row(j + 1), row(j + 2), row(j + 3)];
+    for j in 0..w / 4 {
+        let at = quarters(j, w);
         for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-            y[i * w + j..][..4].copy_from_slice(&four_dots(x, rows, 4 * stride));
+            for (j, sum) in at.into_iter().zip(four_dots(x, at.map(row))) {
+                y[i * w + j] = sum;
+            }
         }
     }
-    for j in whole..w {
+    for j in w - w % 4..w {
         for (i, x) in x.chunks_exact(k).take(m).enumerate() {
             y[i * w + j] = rows::sum2(x, row(j), |x, b| x * b);
         }
     }
 }
 
-/// The products of x with each of four rows as long, each by the same additions as `rows::sum2`. What is `ahead` elements further is
-/// asked for meanwhile: where rows are short the processor does not see in time what comes next.
+/// The products of x with each of four rows as long, each by the same additions as `rows::sum2`.
 #[inline(always)]
-fn four_dots<T: Scalar>(x: &[T], [b0, b1, b2, b3]: [&[T]; 4], ahead: usize) -> [T; 4] {
+pub(super) fn four_dots<T: Scalar>(x: &[T], [b0, b1, b2, b3]: [&[T]; 4]) -> [T; 4] {
     // A name for each row: sums that a loop over rows indexed were kept in memory, and added one at a time.
     let [mut s0, mut s1, mut s2, mut s3] = [[T::zero(); LANES]; 4];
     let (x, x_rest) = x.as_chunks::<LANES>();
     let [(b0, r0), (b1, r1), (b2, r2), (b3, r3)] = [b0, b1, b2, b3].map(|b| b.as_chunks::<LANES>());
     for ((x, b0), ((b1, b2), b3)) in x.iter().zip(b0).zip(b1.iter().zip(b2).zip(b3)) {
-        for b in [b0, b1, b2, b3] {
-            prefetch(b.as_ptr().wrapping_add(ahead));
-        }
         add_products(&mut s0, x, b0);
         add_products(&mut s1, x, b1);
         add_products(&mut s2, x, b2);
@@ -87,7 +92,7 @@ fn add_products<T: Scalar>(sums: &mut [T; LANES], x: &[T], b: &[T]) {
     }
 }
 
-/// Of an M that lies as it is: Y [m, n] ← Σ x[i, p]·b[p, j] over a part `p` of k. Four rows of b at a time, to write y a quarter as
+/// Of an M that lies as it is: Y [m, n] ← Σ x[i, p]·b[p, j] over a part `p` of k. Four rows of b at a time also write y a quarter as
 /// often. To be called in `simd`.
 #[inline(always)]
 pub(super) fn weighted_rows<T: Scalar>(
@@ -99,17 +104,16 @@ pub(super) fn weighted_rows<T: Scalar>(
 ) {
     let (w, Matrix { values, stride, .. }) = (y.len() / m, matrix);
     y.fill(T::zero());
-    let whole = part.end - part.len() % 4;
     for start in (0..w).step_by(BLOCK) {
         let width = BLOCK.min(w - start);
         let row = |p: usize| &values[p * stride + start..][..width];
-        for p in (part.start..whole).step_by(4) {
-            let rows = [row(p), row(p + 1), row(p + 2), row(p + 3)];
+        for p in 0..part.len() / 4 {
+            let at = quarters(p, part.len()).map(|p| part.start + p);
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
-                add_weighted(&mut y[i * w + start..][..width], &x[p..p + 4], rows, 4 * stride);
+                add_weighted(&mut y[i * w + start..][..width], at.map(|p| x[p]), at.map(row));
             }
         }
-        for p in whole..part.end {
+        for p in part.end - part.len() % 4..part.end {
             for (i, x) in x.chunks_exact(k).take(m).enumerate() {
                 for (y, &b) in y[i * w + start..][..width].iter_mut().zip(row(p)) {
                     *y += x[p] * b;
@@ -119,14 +123,9 @@ pub(super) fn weighted_rows<T: Scalar>(
     }
 }
 
-/// Adds four rows, each times its weight, to y, and asks for what is `ahead` elements further.
+/// Adds four rows, each times its weight, to y.
 #[inline(always)]
-pub(super) fn add_weighted<T: Scalar>(y: &mut [T], weights: &[T], rows: [&[T]; 4], ahead: usize) {
-    let &[x0, x1, x2, x3] = weights else { unreachable!("four weights") };
-    for b in rows {
-        (0..b.len()).step_by(64 / size_of::<T>()).for_each(|i| prefetch(b.as_ptr().wrapping_add(ahead + i)));
-    }
-    let [b0, b1, b2, b3] = rows;
+pub(super) fn add_weighted<T: Scalar>(y: &mut [T], [x0, x1, x2, x3]: [T; 4], [b0, b1, b2, b3]: [&[T]; 4]) {
     for (y, ((&b0, &b1), (&b2, &b3))) in y.iter_mut().zip(b0.iter().zip(b1).zip(b2.iter().zip(b3))) {
         *y = *y + x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3;
     }
