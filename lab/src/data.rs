@@ -251,7 +251,7 @@ impl Corpus {
         };
         let mut summary = format!("{what}, {all} bytes, sha256 {}", &sha256[..16]);
         if tokenizer.json().is_some() {
-            summary += &format!(", {} tokens of {}", tokens.len(), tokenizer.name());
+            summary += &format!(", {} tokens, tokenizer {}", tokens.len(), tokenizer.name());
         }
         let (vocab, bytes_per_token) = (tokenizer.vocab(), Some(bytes_per_token));
         Ok(Corpus { tokens, split, vocab, bytes_per_token, summary, sha256 })
