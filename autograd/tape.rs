@@ -15,7 +15,9 @@ pub(super) struct Node<B: Backend> {
     pub op: &'static str,
     /// Where the user called the op.
     pub line: &'static Location<'static>,
-    pub value: Tensor<B>,
+    /// None once it is forgotten.
+    pub value: Option<Tensor<B>>,
+    pub shape: Shape,
     /// Whether a gradient is wanted here: it is a leaf, or depends on one.
     wanted: bool,
     /// None for leaves and constants.
@@ -28,6 +30,7 @@ pub struct Tape<B: Backend> {
     pub(super) nodes: RefCell<Vec<Node<B>>>,
     /// Whether backward() has run: old variables must not meet new nodes.
     consumed: Cell<bool>,
+    pub(super) keeps: bool,
     pub(super) clock: Clock,
 }
 
@@ -55,6 +58,7 @@ impl<B: Backend> Tape<B> {
             device: device.clone(),
             nodes: RefCell::default(),
             consumed: Cell::new(false),
+            keeps: false,
             clock: Clock::default(),
         }
     }
@@ -94,7 +98,7 @@ impl<B: Backend> Tape<B> {
         for input in inputs {
             assert!(std::ptr::eq(self, input.tape), "{op}: the inputs are on different tapes");
         }
-        let wanted = inputs.iter().any(|x| x.is_wanted());
+        let wanted = inputs.iter().any(|x| x.node(|node| node.wanted));
         self.push(op, value, wanted, wanted.then(|| Box::new(backward) as Backward<B>))
     }
 
@@ -121,7 +125,8 @@ impl<B: Backend> Tape<B> {
         assert!(!self.consumed.get(), "{op}: this tape was consumed by backward(); start a new one");
         self.clock.recorded(op);
         let mut nodes = self.nodes.borrow_mut();
-        nodes.push(Node { op, line: Location::caller(), value, wanted, backward });
+        let (line, shape) = (Location::caller(), value.shape());
+        nodes.push(Node { op, line, value: Some(value), shape, wanted, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
     }
 }
@@ -130,16 +135,16 @@ impl<'t, B: Backend> Var<'t, B> {
     /// The variable's value (shared, not copied).
     ///
     /// # Panics
-    /// After [`Var::backward`], which frees the tape's values as it goes.
+    /// After [`Var::backward`], which frees the tape's values as it goes, or [`Var::forget`].
     #[track_caller]
     pub fn value(self) -> Tensor<B> {
-        self.node(|node| node.value.clone())
+        self.node(|node| node.value.clone()).expect("value: it was given back by forget()")
     }
 
     /// The shape of the value.
     #[track_caller]
     pub fn shape(self) -> Shape {
-        self.node(|node| node.value.shape())
+        self.node(|node| node.shape)
     }
 
     /// Where gradients for this variable go.
@@ -153,15 +158,9 @@ impl<'t, B: Backend> Var<'t, B> {
     }
 
     #[track_caller]
-    fn is_wanted(self) -> bool {
-        self.node(|node| node.wanted)
-    }
-
-    #[track_caller]
     fn node<R>(self, f: impl FnOnce(&Node<B>) -> R) -> R {
         let nodes = self.tape.nodes.borrow();
-        let node = nodes.get(self.id.0).expect("this variable's tape was consumed by backward()");
-        f(node)
+        f(nodes.get(self.id.0).expect("this variable's tape was consumed by backward()"))
     }
 
     /// The gradients of this one-element variable with respect to the leaves. Consumes the tape's nodes, last first; each
@@ -189,7 +188,7 @@ impl<'t, B: Backend> Var<'t, B> {
             let nodes = tape.nodes.borrow();
             Grads {
                 slots: nodes.iter().map(|_| None).collect(),
-                shapes: nodes.iter().map(|node| node.value.shape()).collect(),
+                shapes: nodes.iter().map(|node| node.shape).collect(),
                 wanted: nodes.iter().map(|node| node.wanted).collect(),
             }
         };
@@ -197,12 +196,10 @@ impl<'t, B: Backend> Var<'t, B> {
             grads.add(leaf, gradient);
         }
         grads.slots[self.id.0] = Some(Tensor::full(&tape.device, shape, 1.0));
-        loop {
-            // the borrow ends before `backward` runs, so that it may look at the tape
-            let mut nodes = tape.nodes.borrow_mut();
-            let Some(node) = nodes.pop() else { break };
-            let id = nodes.len();
-            drop(nodes);
+        // each borrow ends before `backward` runs, so that it may look at the tape
+        let last = || tape.nodes.borrow_mut().pop();
+        while let Some(node) = last() {
+            let id = tape.nodes.borrow().len();
             let Some(backward) = node.backward else { continue };
             drop(node.value);
             if let Some(dy) = grads.slots[id].take() {
@@ -269,5 +266,15 @@ impl<B: Backend> Grads<B> {
     pub fn take(&mut self, x: VarId, device: &B) -> Tensor<B> {
         let slot = self.slots[x.0].take();
         slot.unwrap_or_else(|| Tensor::zeros(device, self.shapes[x.0])) // like x
+    }
+}
+
+impl<B: Backend> Var<'_, B> {
+    /// Gives the value back, which then nobody can ask for any more. Without this it lives as long as its node, whether a derivative
+    /// needs it or not (those that do have it themselves, and keep it). A tape from [`Tape::keeping`] forgets nothing.
+    pub fn forget(self) {
+        if let Some(node) = self.tape.nodes.borrow_mut().get_mut(self.id.0) {
+            node.value.take_if(|_| !self.tape.keeps);
+        }
     }
 }

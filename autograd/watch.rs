@@ -73,6 +73,14 @@ impl<B: Backend> Tape<B> {
         tape
     }
 
+    /// An empty tape that keeps values which are given back by [`Var::forget`](super::Var::forget), for
+    /// [`Tape::first_non_finite`] to look at.
+    pub fn keeping(device: &B) -> Self {
+        let mut tape = Self::new(device);
+        tape.keeps = true;
+        tape
+    }
+
     /// The time spent so far by name of op; of a tape from [`Tape::new`], nothing. An op's forward is the time since the op
     /// before it was recorded, so what runs in between counts as the next op's.
     pub fn times(&self) -> BTreeMap<&'static str, OpTime> {
@@ -84,10 +92,11 @@ impl<B: Backend> Tape<B> {
         self.nodes.borrow().iter().map(|node| node.op).collect()
     }
 
-    /// The first op whose value has a NaN or an infinity: the place to look when a loss is not finite.
+    /// The first op whose value has a NaN or an infinity: the place to look when a loss is not finite. Of values that were
+    /// forgotten nothing is known.
     pub fn first_non_finite(&self) -> Option<NonFinite> {
         let nodes = self.nodes.borrow();
-        let node = nodes.iter().find(|node| !node.value.is_finite())?;
-        Some(NonFinite { op: node.op, line: node.line, shape: node.value.shape() })
+        let node = nodes.iter().find(|node| node.value.as_ref().is_some_and(|value| !value.is_finite()))?;
+        Some(NonFinite { op: node.op, line: node.line, shape: node.shape })
     }
 }

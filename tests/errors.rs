@@ -174,6 +174,10 @@ fn the_tape() {
     let tape = Tape::new(&cpu());
     let x = tape.leaf(&zeros(&[2, 3]));
     refuses("backward", &["[2, 3]", "sum() or mean()"], || x.backward());
+    let y = x.exp(); // [2, 3]
+    y.forget();
+    refuses("value", &["forget()"], || y.value());
+    refuses("value", &["forget()"], || y.exp());
     let other = Tape::new(&cpu());
     refuses("add", &["different tapes"], || x + other.leaf(&zeros(&[2, 3])));
     let id = x.id();

@@ -749,3 +749,26 @@ fn the_first_non_finite_op_is_named_with_its_line() {
     let found = tape.first_non_finite().expect("log 0");
     assert_eq!(found.to_string(), format!("log [2, 3] at {}:{line}:{}", file!(), found.line.column()));
 }
+
+#[test]
+fn a_forgotten_value_has_its_gradient_and_is_found_on_a_tape_that_keeps() {
+    let cpu = Cpu::<f32>::default();
+    let gradient = |forget: bool| {
+        let tape = Tape::new(&cpu);
+        let x = tape.leaf(&Tensor::from_fn(&cpu, [2, 3], |i| i as f32)); // [2, 3]
+        let (y, z) = (x.scale(3.0), x.tanh()); // [2, 3] × 2
+        let loss = (y + z).mean(); // [1]
+        if forget {
+            [y, z].into_iter().for_each(Var::forget);
+        }
+        loss.backward().get(x).expect("reached").to_vec()
+    };
+    assert_eq!(gradient(true), gradient(false));
+
+    for (tape, op) in [(Tape::new(&cpu), "scale"), (Tape::keeping(&cpu), "log")] {
+        let log = tape.leaf(&Tensor::zeros(&cpu, [2])).log(); // [2]
+        log.scale(2.0);
+        log.forget();
+        assert_eq!(tape.first_non_finite().expect("log 0").op, op);
+    }
+}

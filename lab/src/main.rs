@@ -38,6 +38,8 @@ mod trainer;
 mod words;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 
@@ -75,4 +77,27 @@ fn main() -> ExitCode {
 fn pool(threads: usize) -> Result<rayon::ThreadPool> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build().map_err(|e| error::Error::new(format!("cannot start {threads} worker threads: {e}")))
+}
+
+/// Does `work`, and keeps the pool's other threads looking for some meanwhile: for ops that come one after the other and are each shared
+/// among threads. Those that decode a token take tens of microseconds, and a thread that went to sleep between two takes as long to wake up.
+fn awake<R>(work: impl FnOnce() -> R) -> R {
+    struct Over(Arc<AtomicBool>);
+    impl Drop for Over {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Release); // after a panic, too
+        }
+    }
+    let Some(me) = rayon::current_thread_index() else { return work() };
+    let over = Over(Arc::default());
+    let seen = over.0.clone();
+    rayon::spawn_broadcast(move |thread| {
+        // this thread gets here when it waits for others: it must not stay
+        while thread.index() != me && !seen.load(Ordering::Acquire) {
+            if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                std::thread::yield_now(); // to other programs, where cores are fewer than threads
+            }
+        }
+    });
+    work()
 }

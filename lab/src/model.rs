@@ -206,8 +206,9 @@ impl<B: Backend> Model<B> {
         let len = tokens.len() / batch;
         let how = Attention { batch, heads: self.heads, kv_heads: self.kv_heads, causal: true };
         let attend = |_, [q, k, v]: [Var<'t, B>; 3]| {
-            let (q, k) = (q.rope(&self.rope, len, 0), k.rope(&self.rope, len, 0)); // [N, heads·h], [N, kv_heads·h]
-            q.attention(k, v, how) // [N, heads·h]
+            let [qr, kr] = [q, k].map(|x| x.rope(&self.rope, len, 0)); // [N, heads·h], [N, kv_heads·h]
+            [q, k].into_iter().for_each(Var::forget);
+            qr.attention(kr, v, how) // [N, heads·h]
         };
         self.logits_of(w, self.residual(w, tokens, attend)) // [N, v]
     }
@@ -221,14 +222,19 @@ impl<B: Backend> Model<B> {
         mut attend: impl FnMut(usize, [Var<'t, B>; 3]) -> Var<'t, B>,
     ) -> Var<'t, B> {
         let guides = &self.guides[..];
+        let add = |x: Var<'t, B>, y: Var<'t, B>| {
+            let sum = x + y; // [N, d]
+            y.forget(); // no derivative needs it
+            sum
+        };
         let mut x = w[self.embedding].embedding(tokens); // [N, d]
         for (i, block) in self.blocks.iter().enumerate() {
             let h = x.rms_norm(w[block.attention_norm], self.norm_eps); // [N, d]
             let qkv = [block.q, block.k, block.v].map(|linear| linear.apply(w, h, guides)); // [N, heads·h], [N, kv_heads·h] × 2
-            x = x + block.o.apply(w, attend(i, qkv), guides); // [N, d]
+            x = add(x, block.o.apply(w, attend(i, qkv), guides)); // [N, d]
             let h = x.rms_norm(w[block.ffn_norm], self.norm_eps); // [N, d]
             let f = block.gate.apply(w, h, guides).swiglu(block.up.apply(w, h, guides)); // [N, f]
-            x = x + block.down.apply(w, f, guides); // [N, d]
+            x = add(x, block.down.apply(w, f, guides)); // [N, d]
         }
         x
     }

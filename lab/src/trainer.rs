@@ -51,8 +51,12 @@ pub struct Step {
 }
 
 /// On the processor a batch is cut into this many lanes, which threads take whole. The number is fixed, so that the order of the
-/// sums is too. A GPU ([`Backend::WORKING_SET`] unlimited) takes the batch as it is.
+/// sums is too.
 const LANES: usize = 2;
+
+/// Elements of a layer's input, a sequence of T tokens in d dimensions, from which on there is one lane: the products of one sequence are
+/// then enough for all threads, and each lane has activations and gradients of its own.
+const LONG: usize = 1 << 18;
 
 /// Tokens that go through the model at once, if sequences are not longer: few, so that what one op writes is still in the
 /// second-level cache when the next reads it.
@@ -92,11 +96,14 @@ fn lane<B: Backend>(
         let tokens = rows.start * len..rows.end * len;
         let tape = if timed { Tape::timed(device) } else { Tape::new(device) };
         let w = params.on(&tape);
-        let mean = model.loss(&w, &batch.inputs[tokens.clone()], &batch.targets[tokens], rows.len()); // [1]
+        let (inputs, targets) = (&batch.inputs[tokens.clone()], &batch.targets[tokens]);
+        let mean = model.loss(&w, inputs, targets, rows.len()); // [1]
         let part = mean.scale(share * rows.len() as f64 / batch.rows as f64); // [1]
         let value = part.value().item();
         forward += start.elapsed();
         if !value.is_finite() {
+            let tape = Tape::keeping(device); // once more, to see all values
+            model.loss(&params.on(&tape), inputs, targets, rows.len()); // [1]
             return Err(tape.first_non_finite());
         }
         loss += value;
@@ -144,13 +151,18 @@ impl<B: Backend> Trainer<B> {
                     guide::training_weights(&self.config, skip, self.steps(), i as u64, guides);
             }
             let start = Instant::now();
-            let lanes = if B::WORKING_SET == usize::MAX { 1 } else { batch.rows.min(LANES) };
+            let long = batch.inputs.len() / batch.rows * self.config.dim >= LONG;
+            let whole = B::WORKING_SET == usize::MAX; // a GPU takes the batch as it is
+            let lanes = if whole || long { 1 } else { batch.rows.min(LANES) };
             let timed = self.op_times.is_some();
             let lane = |i: usize| {
                 let rows = batch.rows * i / lanes..batch.rows * (i + 1) / lanes;
                 self::lane(&self.device, &self.model, &self.params, batch, rows, share, timed)
             };
-            let passes: Vec<_> = (0..lanes).into_par_iter().map(lane).collect();
+            let passes: Vec<_> = match lanes {
+                1 => vec![crate::awake(|| lane(0))],
+                _ => (0..lanes).into_par_iter().map(lane).collect(),
+            };
             let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);
             for pass in passes {
                 let pass = pass.map_err(|origin| self.not_finite("loss", origin))?;

@@ -4,9 +4,6 @@
 //! that leaves at most T, so that it moves once in T/2 tokens, by T/2, and only then are keys and values computed anew (its
 //! positions start at 0). What is predicted depends on the tokens alone, not on how they came in.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rankgrad::lowrank::Params;
@@ -14,6 +11,7 @@ use rankgrad::tensor::Backend;
 
 use super::sampling::{Sampling, draw};
 use super::text::Output;
+use crate::awake;
 use crate::model::{Cache, Model};
 
 /// Tokens of a prompt that are fed at a time: enough for the matrix products, few enough that the activations stay small.
@@ -81,29 +79,6 @@ pub fn advance<B: Backend<Elem = f32>>(
     let mut caches: Vec<&mut Cache<B>> = sequences.iter_mut().map(|s| &mut s.cache).collect();
     let logits = awake(|| model.extend(params, &mut caches, &last)); // [S, v]
     logits.to_vec().chunks(logits.cols()).map(<[f32]>::to_vec).collect()
-}
-
-/// Does `work`, and keeps the pool's other threads looking for some meanwhile. The products of a token take tens of microseconds each,
-/// and a thread that went to sleep between two of them takes as long to wake up.
-fn awake<R>(work: impl FnOnce() -> R) -> R {
-    struct Over(Arc<AtomicBool>);
-    impl Drop for Over {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Release); // after a panic, too
-        }
-    }
-    let Some(me) = rayon::current_thread_index() else { return work() };
-    let over = Over(Arc::default());
-    let seen = over.0.clone();
-    rayon::spawn_broadcast(move |thread| {
-        // this thread gets here when it waits for others: it must not stay
-        while thread.index() != me && !seen.load(Ordering::Acquire) {
-            if rayon::yield_now() != Some(rayon::Yield::Executed) {
-                std::thread::yield_now(); // to other programs, where cores are fewer than threads
-            }
-        }
-    });
-    work()
 }
 
 /// What was added to a sequence.
