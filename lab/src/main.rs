@@ -88,7 +88,9 @@ fn awake<R>(work: impl FnOnce() -> R) -> R {
             self.0.store(true, Ordering::Release); // after a panic, too
         }
     }
-    let Some(me) = rayon::current_thread_index() else { return work() };
+    let Some(me) = rayon::current_thread_index().filter(|_| rayon::current_num_threads() > 1) else {
+        return work();
+    };
     let over = Over(Arc::default());
     let seen = over.0.clone();
     rayon::spawn_broadcast(move |thread| {
