@@ -3,7 +3,7 @@
 Parts: `step`, tokens per second of a training step; `optimizer`, Spectron's step alone; `products`, forward and backward as a
 share of the rate at which this machine does the same matrix products and nothing else; `threads`, two threads over one;
 `memory`, the peak of a process that takes a step; `loss`, seconds of training to a validation loss, a recipe of rankgrad's
-against nanoGPT's for the CPU (needs the text: RANKGRAD_DATA=tinyshakespeare.txt).
+against nanoGPT's for the CPU (needs the text: RANKGRAD_DATA names the directory of tinyshakespeare.txt).
 Contenders: "rankgrad"; "stock", PyTorch as the wheel comes; "best": MKL's fast path opened on processors that are not
 Intel's, and the faster of eager and torch.compile. Each run is a process of its own: torch_bench.py, nanogpt_baseline.py,
 `rankgrad bench`, `rankgrad train`, or benches/parts.rs. Not a statement about a GPU.
@@ -180,13 +180,20 @@ class Desk:
                 "PyTorch's, a sequence": ([*torch, *rows], self.fast), "PyTorch's, the batch": (torch, self.fast),
                 "stock, the batch": (torch, {}),
             }
-        data = os.environ["RANKGRAD_DATA"]
+        data = self.text()
         case["bars"] = {"best": 4.0, "stock": 6.0}
         case["recipe"] = " ".join(RECIPE)
         own = [self.rankgrad, "train", "--data", data, "--threads", self.args.threads, *RECIPE, "--out", "{out}", "--quiet",
                "--eval-every", 0, "--telemetry-every", 0, "--checkpoint-every", 0], {}
         torch = [sys.executable, "-B", HERE / "nanogpt_baseline.py", "--data", data, "--threads", self.args.threads, "--json"]
         return case, self.with_torch(case, own, torch, figure)
+
+    @staticmethod
+    def text() -> Path | None:
+        """tinyshakespeare in the directory of data sets, if it is there."""
+        directory = os.environ.get("RANKGRAD_DATA")
+        path = Path(directory or ".") / "tinyshakespeare.txt"
+        return path if directory and path.is_file() else None
 
     def cases(self):
         """(part, preset, method) in the order of the table."""
@@ -195,10 +202,10 @@ class Desk:
             if part == "step":
                 yield from ((part, p, m) for p in a.presets for m in a.methods)
             elif part == "loss":
-                if os.environ.get("RANKGRAD_DATA"):
+                if self.text():
                     yield part, "tiny", "recipe"
                 else:
-                    print("loss: left out, RANKGRAD_DATA does not name tinyshakespeare")
+                    print("loss: left out, RANKGRAD_DATA names no directory with tinyshakespeare.txt")
             else:
                 yield part, "mid" if part in ("optimizer", "memory") else "small", "spectron"
 

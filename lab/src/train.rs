@@ -167,9 +167,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             Start::From(weights) => Trainer::from_weights(device, config, *weights)?,
             Start::Resume(saved) => {
                 meta = Meta { config: config.clone(), ..saved.meta.clone() };
-                let mut trainer = Trainer::new(device, config);
-                trainer.restore(*saved)?;
-                trainer
+                Trainer::resumed(device, config, *saved)?
             }
         };
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })

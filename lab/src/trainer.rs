@@ -129,7 +129,10 @@ fn add_times(sum: &mut OpTimes, times: OpTimes) {
 impl<B: Backend> Trainer<B> {
     /// The initial state of a run.
     pub fn new(device: &B, config: &Config) -> Self {
-        let (model, params) = Model::new(device, config);
+        Self::of(device, config, Model::new(device, config))
+    }
+
+    fn of(device: &B, config: &Config, (model, params): (Model<B>, Params<B>)) -> Self {
         let optimizer = optimizer(config, &params);
         Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None }
     }
@@ -301,20 +304,6 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
         tensors.extend(state.into_iter().map(|(name, x)| (format!("opt.{name}"), host(x))));
         Checkpoint { meta, tokenizer: None, tensors }
     }
-
-    /// Takes over the state of a checkpoint.
-    ///
-    /// # Errors
-    /// A tensor that is missing, of another shape, or left over.
-    pub fn restore(&mut self, checkpoint: Checkpoint) -> Result<()> {
-        self.optimizer.steps = checkpoint.meta.step;
-        self.guide();
-        let mut checkpoint = restore_params(&mut self.params, checkpoint)?;
-        for (name, x) in self.optimizer.state() {
-            replace(&mut checkpoint, &format!("opt.{name}"), x)?;
-        }
-        checkpoint.all_taken("opt.")
-    }
 }
 
 impl<B: Backend<Elem = f32>> Trainer<B> {
@@ -333,8 +322,23 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
             params.values.hidden = params.values.pairs.iter().map(FactorPair::to_dense).collect(); // [m, n] each
             params.hidden_names = guide_names;
         }
-        let optimizer = optimizer(config, &params);
-        Ok(Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None })
+        Ok(Self::of(device, config, (model, params)))
+    }
+
+    /// The state that a checkpoint of this configuration has.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, or left over.
+    pub fn resumed(device: &B, config: &Config, checkpoint: Checkpoint) -> Result<Self> {
+        let mut trainer = Self::of(device, config, Model::blank(device, config));
+        trainer.optimizer.steps = checkpoint.meta.step;
+        trainer.guide();
+        let mut checkpoint = restore_params(&mut trainer.params, checkpoint)?;
+        for (name, x) in trainer.optimizer.state() {
+            replace(&mut checkpoint, &format!("opt.{name}"), x)?;
+        }
+        checkpoint.all_taken("opt.")?;
+        Ok(trainer)
     }
 }
 
@@ -635,14 +639,13 @@ mod tests {
         let mut on_cpu = start(&Cpu::<f32>::default(), &config);
         on_cpu.step(&[batch(&config, 0)], 1.0).unwrap();
         let saved = on_cpu.checkpoint(meta());
-        let mut on_gpu = Trainer::new(&gpu, &config);
-        on_gpu.restore(saved.clone()).unwrap();
+        let mut on_gpu = Trainer::resumed(&gpu, &config, saved.clone()).unwrap();
         let again = on_gpu.checkpoint(meta());
         assert!(again.tensors == saved.tensors && again.meta.step == 1);
         let [cpu, gpu] = [on_cpu.step(&[batch(&config, 1)], 1.0), on_gpu.step(&[batch(&config, 1)], 1.0)]
             .map(|outcome| outcome.unwrap().loss);
         assert!((cpu - gpu).abs() < 1e-5, "{cpu} and {gpu}");
-        on_cpu.restore(on_gpu.checkpoint(meta())).unwrap();
-        assert_eq!(on_cpu.steps(), 2);
+        let back = Trainer::resumed(&Cpu::<f32>::default(), &config, on_gpu.checkpoint(meta())).unwrap();
+        assert_eq!(back.steps(), 2);
     }
 }
