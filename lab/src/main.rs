@@ -42,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
+use rankgrad::tensor::Backend;
 
 use crate::cli::{Cli, Command, DataCommand, TokenizerCommand};
 use crate::error::Result;
@@ -81,16 +82,15 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
 
 /// Does `work`, and keeps the pool's other threads looking for some meanwhile: for ops that come one after the other and are each shared
 /// among threads. Those that decode a token take tens of microseconds, and a thread that went to sleep between two takes as long to wake up.
-fn awake<R>(work: impl FnOnce() -> R) -> R {
+fn awake<B: Backend, R>(work: impl FnOnce() -> R) -> R {
     struct Over(Arc<AtomicBool>);
     impl Drop for Over {
         fn drop(&mut self) {
             self.0.store(true, Ordering::Release); // after a panic, too
         }
     }
-    let Some(me) = rayon::current_thread_index().filter(|_| rayon::current_num_threads() > 1) else {
-        return work();
-    };
+    let shares = B::WORKING_SET != usize::MAX && rayon::current_num_threads() > 1; // not on a GPU
+    let Some(me) = rayon::current_thread_index().filter(|_| shares) else { return work() };
     let over = Over(Arc::default());
     let seen = over.0.clone();
     rayon::spawn_broadcast(move |thread| {

@@ -163,7 +163,7 @@ impl<B: Backend> Trainer<B> {
                 self::lane(&self.device, &self.model, &self.params, batch, rows, share, timed)
             };
             let passes: Vec<_> = match lanes {
-                1 => vec![crate::awake(|| lane(0))],
+                1 => vec![crate::awake::<B, _>(|| lane(0))],
                 _ => (0..lanes).into_par_iter().map(lane).collect(),
             };
             let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);

@@ -77,7 +77,7 @@ pub fn advance<B: Backend<Elem = f32>>(
     }
     let last: Vec<u32> = sequences.iter().map(|s| s.pending(1)[0]).collect();
     let mut caches: Vec<&mut Cache<B>> = sequences.iter_mut().map(|s| &mut s.cache).collect();
-    let logits = awake(|| model.extend(params, &mut caches, &last)); // [S, v]
+    let logits = awake::<B, _>(|| model.extend(params, &mut caches, &last)); // [S, v]
     logits.to_vec().chunks(logits.cols()).map(<[f32]>::to_vec).collect()
 }
 
