@@ -33,6 +33,7 @@ pub(super) struct Matrix<'a, T> {
 }
 
 /// i, and i in each of the other three quarters of `n` numbers.
+#[inline(always)]
 pub(super) fn quarters(i: usize, n: usize) -> [usize; 4] {
     [0, 1, 2, 3].map(|quarter| i + quarter * (n / 4))
 }
