@@ -11,4 +11,6 @@ mod watch;
 pub use gradcheck::{GradCheck, gradcheck};
 pub use ops::{Rope, concat};
 pub use tape::{Grads, Tape, Var, VarId};
+#[cfg(feature = "cuda")]
+pub(crate) use watch::at_work;
 pub use watch::{NonFinite, OpTime};

@@ -123,9 +123,9 @@ impl<B: Backend> Tape<B> {
         backward: Option<Backward<B>>,
     ) -> Var<'_, B> {
         assert!(!self.consumed.get(), "{op}: this tape was consumed by backward(); start a new one");
-        self.clock.recorded(op);
-        let mut nodes = self.nodes.borrow_mut();
         let (line, shape) = (Location::caller(), value.shape());
+        self.clock.recorded(op, line);
+        let mut nodes = self.nodes.borrow_mut();
         nodes.push(Node { op, line, value: Some(value), shape, wanted, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
     }
@@ -203,7 +203,7 @@ impl<'t, B: Backend> Var<'t, B> {
             let Some(backward) = node.backward else { continue };
             drop(node.value);
             if let Some(dy) = grads.slots[id].take() {
-                tape.clock.backward(node.op, || backward(dy, &mut grads));
+                tape.clock.backward(node.op, node.line, || backward(dy, &mut grads));
             }
         }
         grads

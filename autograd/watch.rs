@@ -1,10 +1,11 @@
-//! What can be read off a tape beside values and gradients: the time of each op, and the first op that was not finite.
+//! What can be read off a tape beside values and gradients: the time of each op, the first op that was not finite, and the op that
+//! is at work, for a device that fails.
 //!
 //! Not needed to follow a derivative: that is tape.rs.
 
 use super::Tape;
 use crate::tensor::{Backend, Shape};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::Location;
@@ -28,9 +29,29 @@ struct Times {
     ops: BTreeMap<&'static str, OpTime>,
 }
 
+/// An op and where it was called.
+type Place = (&'static str, &'static Location<'static>);
+
+thread_local! {
+    /// How this thread's tapes are getting on: whether backward, and with which op.
+    static AT_WORK: Cell<Option<(bool, Place)>> = const { Cell::new(None) };
+}
+
+/// What this thread's tapes are doing, for a message: "in the backward of OP (LINE)", or "after OP (LINE)" in a forward pass, where an
+/// op is known once it is done; empty if they do nothing.
+#[cfg(feature = "cuda")]
+pub(crate) fn at_work() -> String {
+    match AT_WORK.get() {
+        Some((true, (op, line))) => format!(" in the backward of {op} ({line})"),
+        Some((false, (op, line))) => format!(" after {op} ({line})"),
+        None => String::new(),
+    }
+}
+
 impl Clock {
     /// An op was recorded.
-    pub fn recorded(&self, op: &'static str) {
+    pub fn recorded(&self, op: &'static str, line: &'static Location<'static>) {
+        AT_WORK.set(Some((false, (op, line))));
         let Some(times) = &self.0 else { return };
         let mut times = times.borrow_mut();
         let now = Instant::now();
@@ -41,10 +62,12 @@ impl Clock {
     }
 
     /// Runs the backward of an op.
-    pub fn backward(&self, op: &'static str, run: impl FnOnce()) {
-        let Some(times) = &self.0 else { return run() };
-        let start = Instant::now();
+    pub fn backward(&self, op: &'static str, line: &'static Location<'static>, run: impl FnOnce()) {
+        AT_WORK.set(Some((true, (op, line))));
+        let start = self.0.is_some().then(Instant::now);
         run();
+        AT_WORK.set(None);
+        let (Some(times), Some(start)) = (&self.0, start) else { return };
         times.borrow_mut().ops.entry(op).or_default().backward += start.elapsed();
     }
 }

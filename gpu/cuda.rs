@@ -7,7 +7,8 @@
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, pointers};
 use super::probe::{Unavailable, devices, reason};
-use super::{compile, kernels};
+use super::{FAILURE, compile, kernels};
+use crate::autograd::at_work;
 use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
@@ -70,10 +71,16 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
 }
 
 impl Gpu {
-    /// The value, or a panic that says which GPU failed at what.
+    /// The value, or a panic that says which GPU failed at what, and near which op.
     #[track_caller]
     fn must<T, E: Debug>(&self, what: &str, outcome: Result<T, E>) -> T {
-        outcome.unwrap_or_else(|error| panic!("GPU cuda:{}: {what}: {error:?}", self.ordinal))
+        outcome.unwrap_or_else(|error| {
+            panic!(
+                "{FAILURE}{}: {what}: {error:?}{} (what a kernel did wrong is noticed later: CUDA_LAUNCH_BLOCKING=1 has it noticed at once)",
+                self.ordinal,
+                at_work()
+            )
+        })
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
@@ -106,9 +113,10 @@ impl Executor for Gpu {
                 let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
                 let (free, total) = self.context.mem_get_info().unwrap_or_default();
                 panic!(
-                    "GPU cuda:{}: {:.3} GiB asked for, {:.3} of {:.3} GiB free ({}): use a smaller --batch or --context",
+                    "{FAILURE}{}: {:.3} GiB asked for{}, {:.3} of {:.3} GiB free ({}): use a smaller --batch or --context",
                     self.ordinal,
                     gib(bytes),
+                    at_work(),
                     gib(free),
                     gib(total),
                     reason(error)

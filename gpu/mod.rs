@@ -24,3 +24,8 @@ pub use compile::compile;
 pub use probe::{Found, LIBS, Unavailable, devices};
 #[cfg(feature = "simulator")]
 pub use simulator::Simulator;
+
+/// The beginning of the message of each panic by which a device fails in the middle of a computation (no method of
+/// [`Backend`](crate::tensor::Backend) returns an error, and nothing on a failed device can be trusted), so that a program can tell it from a
+/// mistake of its own.
+pub const FAILURE: &str = "GPU cuda:";

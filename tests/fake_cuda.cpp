@@ -1,6 +1,6 @@
 // The part of libcuda, libcublas and libnvrtc that gpu/cuda.rs calls, in host memory: kernels run on the simulator, whose text
 // stands above this one when it is compiled. So the calls themselves are tested: their order, sizes, leading dimensions.
-// "Devices" have 1 GiB; what NVRTC compiles is the word "image", and modules are made of nothing else.
+// "Devices" have 1 GiB, or RANKGRAD_FAKE_BYTES, and the kernel RANKGRAD_FAKE_FAILS, if any, fails; what NVRTC compiles is the word "image", and modules are made of nothing else.
 
 #include <mutex>
 
@@ -11,10 +11,14 @@ extern "C" {
 static thread_local void* context;
 static std::mutex busy;
 static size_t used;
-const size_t TOTAL = size_t(1) << 30;
+static const char* const FAILS = getenv("RANKGRAD_FAKE_FAILS");
+static const char* const BYTES = getenv("RANKGRAD_FAKE_BYTES");
+static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
 const void* const STREAM = (const void*)0x5000; // the same in each of the three libraries, which are copies
 
 int cuInit(unsigned) { return 0; }
+int cuGetErrorName(int, const char** name) { return *name = "its name", 0; }
+int cuGetErrorString(int, const char** words) { return *words = "its words", 0; }
 int cuDeviceGetCount(int* count) { return *count = 1, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, 0; }
@@ -80,6 +84,7 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
                    const void* stream, void** args, void** extra) {
     if (!context) return 201;
     if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || stream != STREAM || extra) return 1;
+    if (FAILS && !strcmp(FAILS, function->name)) return 700;
     const unsigned grid[3] = {gx, gy, gz};
     static thread_local unsigned schedule;
     return simulate(function->name, grid, bx, shared, schedule++, args, simulator::ANY_COUNT) ? 700 : 0;

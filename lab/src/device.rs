@@ -1,7 +1,10 @@
-//! What there is to compute on: `devices` lists it, `--device` chooses.
+//! What there is to compute on: `devices` lists it, `--device` chooses. And what becomes of a device that fails.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
 use std::str::FromStr;
 
+use rankgrad::gpu::FAILURE;
 use rankgrad::tensor::Cpu;
 
 use crate::error::{Error, Result};
@@ -72,6 +75,27 @@ macro_rules! on_device {
     };
 }
 pub(crate) use on_device;
+
+/// Does `work`, once per program. A device that fails in the middle of it, out of memory or worse, is an error with its message; another
+/// panic is a mistake of ours and stays one.
+///
+/// # Errors
+/// Those of `work`, and the device's.
+pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let failed = |payload: &dyn Any| {
+        payload.downcast_ref::<String>().filter(|said| said.starts_with(FAILURE)).cloned()
+    };
+    let usual = take_hook();
+    set_hook(Box::new(move |panic| {
+        if failed(panic.payload()).is_none() {
+            usual(panic);
+        }
+    }));
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match failed(&*payload) {
+        Some(said) => Err(Error::new(said)),
+        None => resume_unwind(payload),
+    })
+}
 
 /// `devices`: a line for the processor and one for each GPU, or why there is none.
 ///

@@ -48,7 +48,18 @@ use crate::cli::{Cli, Command, DataCommand, TokenizerCommand};
 use crate::error::Result;
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let command = Cli::parse().command;
+    match device::caught(|| run(command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Train(args) => train::train(&args),
         Command::Eval(args) => inspect::eval(&args),
         Command::Generate(args) => generate::generate(&args),
@@ -64,13 +75,6 @@ fn main() -> ExitCode {
         Command::Tokenizer(TokenizerCommand::Train(args)) => tokens::train(&args),
         Command::Data(DataCommand::Pack(args)) => pack::pack(&args),
         Command::Devices => device::devices(),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
     }
 }
 

@@ -162,4 +162,24 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         run("bench --steps 1 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 1 --device cuda")
             .contains("tokens/s")
     );
+    // a device that fails ends the command with one line
+    let fails = |name: &str, value: &str| {
+        let mut command = desk
+            .command("train --data text --config small.toml --quiet --out failed --steps 2 --device cuda");
+        command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path("")).env(name, value);
+        let output = command.output().unwrap();
+        assert!(!output.status.success(), "{name}");
+        let _ = std::fs::remove_dir_all(desk.path("failed"));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    // room for the parameters and the optimizer, not for a step
+    let said = fails("RANKGRAD_FAKE_BYTES", "180000");
+    assert!(said.starts_with("error: GPU cuda:0: ") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.contains(" GiB asked for after ") && said.contains("smaller --batch or --context"),
+        "{said}"
+    );
+    let said = fails("RANKGRAD_FAKE_FAILS", "attention_dq_1");
+    assert!(said.starts_with("error: GPU cuda:0: attention_dq_1: ") && said.lines().count() == 1, "{said}");
+    assert!(said.contains(" in the backward of attention (lab/src/model.rs:"), "{said}");
 }
