@@ -1,4 +1,4 @@
-//! Softmax attention, forward and backward, over blocks of queries: scores exist for one block at a time, and none are
+//! Softmax attention, forward and backward, over blocks of queries and chunks of keys: scores exist for one of each at a time, and none are
 //! computed above the diagonal's block. Only the log-sum-exp of each query is kept; the backward recomputes probabilities
 //! from it (Dao et al. 2022, arXiv 2205.14135, section 3).
 //!
@@ -10,8 +10,12 @@ use rayon::prelude::*;
 
 type Cpus<T> = Tensor<Cpu<T>>;
 
-/// Queries per block: enough rows for the matrix product, few enough to waste little above the diagonal.
-const BLOCK: usize = 32;
+/// Queries per block, among few keys and among many: enough rows for the matrix product, which copies K and V once per block, few enough to
+/// waste little above the diagonal.
+const BLOCKS: [usize; 2] = [32, 64];
+
+/// Keys per chunk, and how many are many: the scores of a block and their gradient stay in the second-level cache.
+const CHUNK: usize = 512;
 
 /// One head of a tensor [tokens, heads·h]: its first element and the distance between rows.
 #[derive(Clone, Copy)]
@@ -76,6 +80,8 @@ struct Sizes {
     tk: usize,
     h: usize,
     group: usize,
+    /// Queries per block.
+    block: usize,
     scale: f64,
     how: Attention,
 }
@@ -93,6 +99,7 @@ impl Sizes {
             tk: k.rows() / how.batch,
             h,
             group: how.heads / how.kv_heads,
+            block: BLOCKS[usize::from(k.rows() / how.batch >= CHUNK)],
             scale: 1.0 / (h as f64).sqrt(),
             how,
         }
@@ -100,11 +107,16 @@ impl Sizes {
 
     /// (first query, queries, keys that the last of them sees) of each block.
     fn blocks(&self) -> impl DoubleEndedIterator<Item = (usize, usize, usize)> + '_ {
-        (0..self.tq.div_ceil(BLOCK)).map(|i| {
-            let start = i * BLOCK;
-            let rows = BLOCK.min(self.tq - start);
+        (0..self.tq.div_ceil(self.block)).map(|i| {
+            let start = i * self.block;
+            let rows = self.block.min(self.tq - start);
             (start, rows, self.keys_of(start + rows - 1))
         })
+    }
+
+    /// A block's scores of one chunk.
+    fn scores<T: Scalar>(&self) -> Buffer<T> {
+        Buffer::scratch(self.block * CHUNK.min(self.tk)) // [block, chunk]
     }
 
     /// Number of keys that query `i` sees.
@@ -112,11 +124,21 @@ impl Sizes {
         if self.how.causal { i + 1 + self.tk - self.tq } else { self.tk }
     }
 
+    /// How many of `keys` keys from key `first` on query `i` sees.
+    fn seen(&self, i: usize, first: usize, keys: usize) -> usize {
+        self.keys_of(i).saturating_sub(first).min(keys)
+    }
+
     /// Runs `f(sequence, key/value head)` for all of them.
     fn for_each(&self, f: impl Fn(usize, usize) + Sync) {
         let kv = self.how.kv_heads;
         (0..self.how.batch * kv).into_par_iter().for_each(|task| f(task / kv, task % kv));
     }
+}
+
+/// (first key, keys) of each chunk.
+fn chunks(keys: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..keys).step_by(CHUNK).map(move |first| (first, CHUNK.min(keys - first)))
 }
 
 /// x ← softmax(scale·x); returns the log-sum-exp.
@@ -205,31 +227,59 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
     let lses = Head::of_mut(lse.buffer_mut(), z.tq);
     z.for_each(|b, kv| {
         let (k, v) = (ks.at(b * z.tk, kv * h), vs.at(b * z.tk, kv * h));
-        let mut scores = Buffer::scratch(BLOCK * z.tk); // [BLOCK, tk]
+        let mut scores = z.scores(); // [block, chunk]
         for j in kv * z.group..(kv + 1) * z.group {
             for (start, rows, keys) in z.blocks() {
                 let (q, o) = (qs.at(b * z.tq + start, j * h), os.at(b * z.tq + start, j * h));
-                let s = Head::of_mut(&mut scores, keys);
-                // S = Q·Kᵀ
-                // SAFETY: the block's queries, its visible keys and the scratch all hold these sizes
-                unsafe { product([rows, h, keys], (q, false), (k, true), Accum::Replace, s) };
                 // SAFETY: this task alone writes this head's log-sum-exps
                 let lse =
                     unsafe { std::slice::from_raw_parts_mut(lses.at(b * how.heads + j, start).first, rows) };
+                // the largest score of each query so far, and Σ e^(scale·(score − it))
+                let (tops, totals) = (&mut [T::zero(); BLOCKS[1]], &mut [T::zero(); BLOCKS[1]]);
+                // SAFETY: this task alone writes this head of O, and not while a row of it is borrowed
+                let o_row = |i: usize| unsafe { std::slice::from_raw_parts_mut(o.at(i, 0).first, h) };
+                for (first, keys) in chunks(keys) {
+                    let (k, v) = (k.at(first, 0), v.at(first, 0));
+                    let s = Head::of_mut(&mut scores, keys);
+                    // S = Q·Kᵀ
+                    // SAFETY: the block's queries, the chunk of visible keys and the scratch all hold these sizes
+                    unsafe { product([rows, h, keys], (q, false), (k, true), Accum::Replace, s) };
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (i, row) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
+                                let (seen, hidden) = row.split_at_mut(z.seen(start + i, first, keys));
+                                let (top, total) = (&mut tops[i], &mut totals[i]);
+                                let before = std::mem::replace(top, rows::max(seen));
+                                if first > 0 {
+                                    *top = top.max(before);
+                                    let shrink = ((before - *top) * scale).fast_exp();
+                                    *total *= shrink;
+                                    o_row(i).iter_mut().for_each(|o| *o *= shrink);
+                                }
+                                for s in seen.iter_mut() {
+                                    *s = ((*s - *top) * scale).fast_exp(); // P, not yet divided by its sum
+                                }
+                                *total += rows::sum(seen, |p| p);
+                                hidden.fill(T::zero());
+                            }
+                        },
+                    );
+                    let p = Head::of(&scores, keys); // P [rows, keys]
+                    let accum = if first == 0 { Accum::Replace } else { Accum::Add };
+                    // O = Σ P·V over the chunks
+                    // SAFETY: as above; this task alone writes this head of O
+                    unsafe { product([rows, keys, h], (p, false), (v, false), accum, o) };
+                }
                 simd(
                     #[inline(always)]
                     || {
-                        for (i, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
-                            let (seen, hidden) = row.split_at_mut(z.keys_of(start + i));
-                            *lse = softmax(seen, scale);
-                            hidden.fill(T::zero());
+                        for (i, lse) in lse.iter_mut().enumerate() {
+                            o_row(i).iter_mut().for_each(|o| *o /= totals[i]);
+                            *lse = tops[i] * scale + totals[i].ln();
                         }
                     },
                 );
-                let p = Head::of(&scores, keys); // P [rows, keys]
-                // O = P·V
-                // SAFETY: as above; this task alone writes this head of O
-                unsafe { product([rows, keys, h], (p, false), (v, false), Accum::Replace, o) };
             }
         }
     });
@@ -258,8 +308,7 @@ pub(super) fn attention_grad<T: Scalar>(
     z.for_each(|b, kv| {
         let (k, v) = (ks.at(b * z.tk, kv * h), vs.at(b * z.tk, kv * h));
         let (dk, dv) = (dks.at(b * z.tk, kv * h), dvs.at(b * z.tk, kv * h));
-        let mut probs = Buffer::scratch(BLOCK * z.tk); // [BLOCK, tk]
-        let mut dprobs = Buffer::scratch(BLOCK * z.tk); // [BLOCK, tk]
+        let (mut probs, mut dprobs) = (z.scores(), z.scores()); // [block, chunk] each
         // the last block sees every key, so it comes first and replaces what dK and dV held; the others add
         let mut accum = Accum::Replace;
         for j in kv * z.group..(kv + 1) * z.group {
@@ -267,36 +316,40 @@ pub(super) fn attention_grad<T: Scalar>(
                 let row0 = b * z.tq + start;
                 let (q, do_) = (qs.at(row0, j * h), dos.at(row0, j * h));
                 let dq = dqs.at(row0, j * h);
-                let (p, dp) = (Head::of_mut(&mut probs, keys), Head::of_mut(&mut dprobs, keys));
-                // SAFETY: the block's queries, its visible keys and the scratch all hold these sizes
-                unsafe {
-                    product([rows, h, keys], (q, false), (k, true), Accum::Replace, p); // S [rows, keys]
-                    product([rows, h, keys], (do_, false), (v, true), Accum::Replace, dp); // dP [rows, keys]
-                }
-                simd(
-                    #[inline(always)]
-                    || {
-                        let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
-                        for (i, (p, dp)) in pairs.take(rows).enumerate() {
-                            let at = (row0 + i) * how.heads * h + j * h;
-                            let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
-                            let lse = lse[(b * how.heads + j) * z.tq + start + i];
-                            let seen = z.keys_of(start + i);
-                            for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
-                                *p = (*p * scale - lse).fast_exp();
-                                *dp = *p * (*dp - pull) * scale;
+                for (first, keys) in chunks(keys) {
+                    let (k, v, dk, dv) = (k.at(first, 0), v.at(first, 0), dk.at(first, 0), dv.at(first, 0));
+                    let (p, dp) = (Head::of_mut(&mut probs, keys), Head::of_mut(&mut dprobs, keys));
+                    // SAFETY: the block's queries, the chunk of visible keys and the scratch all hold these sizes
+                    unsafe {
+                        product([rows, h, keys], (q, false), (k, true), Accum::Replace, p); // S [rows, keys]
+                        product([rows, h, keys], (do_, false), (v, true), Accum::Replace, dp); // dP [rows, keys]
+                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
+                            for (i, (p, dp)) in pairs.take(rows).enumerate() {
+                                let at = (row0 + i) * how.heads * h + j * h;
+                                let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
+                                let lse = lse[(b * how.heads + j) * z.tq + start + i];
+                                let seen = z.seen(start + i, first, keys);
+                                for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
+                                    *p = (*p * scale - lse).fast_exp();
+                                    *dp = *p * (*dp - pull) * scale;
+                                }
+                                p[seen..].fill(T::zero());
+                                dp[seen..].fill(T::zero());
                             }
-                            p[seen..].fill(T::zero());
-                            dp[seen..].fill(T::zero());
-                        }
-                    },
-                );
-                let (p, dp) = (Head::of(&probs, keys), Head::of(&dprobs, keys)); // P, dS [rows, keys]
-                // SAFETY: as above; this task alone writes this head of dQ, dK and dV
-                unsafe {
-                    product([rows, keys, h], (dp, false), (k, false), Accum::Replace, dq);
-                    product([keys, rows, h], (dp, true), (q, false), accum, dk);
-                    product([keys, rows, h], (p, true), (do_, false), accum, dv);
+                        },
+                    );
+                    let (p, dp) = (Head::of(&probs, keys), Head::of(&dprobs, keys)); // P, dS [rows, keys]
+                    let dq_accum = if first == 0 { Accum::Replace } else { Accum::Add };
+                    // SAFETY: as above; this task alone writes this head of dQ, dK and dV
+                    unsafe {
+                        product([rows, keys, h], (dp, false), (k, false), dq_accum, dq);
+                        product([keys, rows, h], (dp, true), (q, false), accum, dk);
+                        product([keys, rows, h], (p, true), (do_, false), accum, dv);
+                    }
                 }
                 accum = Accum::Add;
             }
@@ -341,6 +394,71 @@ mod tests {
                     assert!((lse.buffer()[b * heads + j] - want_lse.buffer()[2 * j + 1]).abs() < 1e-13);
                 }
             }
+        }
+    }
+
+    /// More keys than a chunk has, so that softmax goes on from one chunk to the next: value and gradients by the formulas over whole rows.
+    #[test]
+    fn chunks_add_up() {
+        let cpu = Cpu::<f64>::default();
+        for (tq, tk, heads, kv_heads, causal) in [
+            (CHUNK + 70, CHUNK + 70, 2, 1, true),
+            (90, 2 * CHUNK + 1, 2, 2, true),
+            (3, 2 * CHUNK + 50, 1, 1, false),
+        ] {
+            let (h, how) = (3, Attention { batch: 1, heads, kv_heads, causal });
+            let draw = |rows: usize, cols: usize, seed: usize, size: f64| {
+                let value = |i| (((i + seed) * 7919 % 1013) as f64 / 506.0 - 1.0) * size;
+                Tensor::from_fn(&cpu, [rows, cols], value) // [rows, cols]
+            };
+            // scores of some ±10 that grow with the keys, so that later chunks change the maximum
+            let q = draw(tq, heads * h, 3, 2.0); // [tq, heads·h]
+            let k = Tensor::from_fn(&cpu, [tk, kv_heads * h], |i| {
+                (((i + 1) * 7919 % 1013) as f64 / 506.0 - 1.0)
+                    * (1.0 + 2.0 * i as f64 / (tk * kv_heads * h) as f64)
+            }); // [tk, kv_heads·h]
+            let (v, dout) = (draw(tk, kv_heads * h, 2, 1.0), draw(tq, heads * h, 5, 1.0)); // [tk, kv_heads·h], [tq, heads·h]
+            let [o, lse] = attention(&q, &k, &v, how);
+            let [dq, dk, dv] = attention_grad([&q, &k, &v], &o, &lse, &dout, how);
+            let [mut want_dk, mut want_dv] = [(); 2].map(|()| vec![0.0; tk * kv_heads * h]);
+            let row = |x: &Cpus<f64>, i: usize, j: usize| x.buffer()[i * x.cols() + j * h..][..h].to_vec();
+            let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+            let close = |what: &str, got: &[f64], want: &[f64]| {
+                // sums of some 1,100 terms of size 1, in another order: 1,100·2⁻⁵³ = 1.2e-13, and the softmax of scores up to 10 times that
+                let off = got.iter().zip(want).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                assert!(off < 2e-12, "{what} for {how:?}, {tq} queries, {tk} keys: off by {off:e}");
+            };
+            let scale = 1.0 / (h as f64).sqrt();
+            for j in 0..heads {
+                let kv = j / (heads / kv_heads);
+                for i in 0..tq {
+                    let keys = if causal { i + 1 + tk - tq } else { tk };
+                    let (q, d) = (row(&q, i, j), row(&dout, i, j));
+                    let scores: Vec<f64> = (0..keys).map(|t| scale * dot(&q, &row(&k, t, kv))).collect();
+                    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+                    let p: Vec<f64> = scores.iter().map(|s| (s - top).exp() / total).collect();
+                    let (mut want_o, mut want_dq) = (vec![0.0; h], vec![0.0; h]);
+                    for t in 0..keys {
+                        let v = row(&v, t, kv);
+                        (0..h).for_each(|c| want_o[c] += p[t] * v[c]);
+                    }
+                    for t in 0..keys {
+                        let ds = scale * p[t] * (dot(&d, &row(&v, t, kv)) - dot(&d, &want_o));
+                        let k = row(&k, t, kv);
+                        for c in 0..h {
+                            want_dq[c] += ds * k[c];
+                            want_dk[(t * kv_heads + kv) * h + c] += ds * q[c];
+                            want_dv[(t * kv_heads + kv) * h + c] += p[t] * d[c];
+                        }
+                    }
+                    close("o", &row(&o, i, j), &want_o);
+                    close("lse", &[lse.buffer()[j * tq + i]], &[top + total.ln()]);
+                    close("dq", &row(&dq, i, j), &want_dq);
+                }
+            }
+            close("dk", dk.buffer(), &want_dk);
+            close("dv", dv.buffer(), &want_dv);
         }
     }
 }
