@@ -84,7 +84,7 @@ pub struct Model<B: Backend> {
     norm: Dense,
     /// The embedding again if the two are tied.
     head: Dense,
-    rope: Arc<Rope<B>>,
+    rope: Arc<Rope<B::Wide>>,
     norm_eps: f64,
     heads: usize,
     kv_heads: usize,
@@ -180,7 +180,7 @@ impl<B: Backend> Model<B> {
         let blocks = (0..layers).map(block).collect();
         let norm = make.gain("norm");
         let head = if config.tie { embedding } else { make.table("head") };
-        let rope = Arc::new(Rope::new(device, context, dim / heads, config.rope_base)); // [T, h]
+        let rope = Arc::new(Rope::new(&device.wide(), context, dim / heads, config.rope_base)); // [T, h]
         let mut params = make.params;
         let norm_eps = config.norm_eps;
         let guides = Vec::new();

@@ -446,7 +446,7 @@ mod tests {
     use super::*;
     use crate::config::{Method, Overrides};
     use rankgrad::gpu::{Cuda, Simulator};
-    use rankgrad::tensor::Scalar;
+    use rankgrad::tensor::Element;
     use serde_json::Value;
 
     const REFERENCE: &str = include_str!("../../tests/data/reference_steps.json");
