@@ -4,9 +4,7 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
-use crate::tensor::{
-    Accum, AdamWStep, Attention, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary,
-};
+use crate::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -327,7 +325,15 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let device = first.tensor.device();
         // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
         unsafe {
-            device.executor.gemm(&Gemm { element: T::TYPE, m, k, n, transposed, add: accum == Accum::Add, operands });
+            device.executor.gemm(&Gemm {
+                element: T::TYPE,
+                m,
+                k,
+                n,
+                transposed,
+                add: accum == Accum::Add,
+                operands,
+            });
         }
     }
 

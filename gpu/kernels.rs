@@ -22,7 +22,9 @@ pub fn source() -> String {
             Type::F32 => "float",
             Type::Bf16 => "Bf16",
         };
-        format!("#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{kernels}}}\n")
+        format!(
+            "#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{kernels}}}\n"
+        )
     };
     file(COMMON) + &Type::ALL.map(of).concat()
 }

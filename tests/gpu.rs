@@ -15,9 +15,7 @@ use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 use rankgrad::lowrank::{FactorPair, Optimizer, Params};
 #[cfg(feature = "cuda")]
 use rankgrad::tensor::Mat;
-use rankgrad::tensor::{
-    Accum, AdamWStep, Attention, Backend, Bf16, Binary, Cpu, Element, Tensor, Unary,
-};
+use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Cpu, Element, Tensor, Unary};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -212,7 +210,8 @@ fn kernels_round_to_bf16_as_the_host_does() {
 #[test]
 fn the_order_of_threads_does_not_matter() {
     fn same<B: Backend>(device: &B) {
-        let bits = || -> Vec<u64> { workload::<f32, B>(device).concat().iter().map(|x| x.to_bits()).collect() };
+        let bits =
+            || -> Vec<u64> { workload::<f32, B>(device).concat().iter().map(|x| x.to_bits()).collect() };
         let first = bits();
         for _ in 0..4 {
             assert!(bits() == first);
@@ -333,11 +332,7 @@ fn planted_bugs_are_found() {
             "(first - past) / TILE * TILE",
             "(first - past) / TILE * TILE + TILE",
         ),
-        (
-            "moments in the wrong order",
-            "const T* g, T* m, T* v",
-            "const T* g, T* v, T* m",
-        ),
+        ("moments in the wrong order", "const T* g, T* m, T* v", "const T* g, T* v, T* m"),
         ("length and offset in the wrong order", "u32 h, u32 len, u32 offset", "u32 h, u32 offset, u32 len"),
         (
             "an argument too few",
@@ -439,7 +434,9 @@ fn on_a_fake_driver() {
                     [ta, tb]: [bool; 2],
                 ) -> Vec<f64> {
                     let draws = |first, shape: [usize; 2]| -> Vec<Tensor<B>> {
-                        (first..first + count).map(|seed| draw_in::<E, B>(device, seed as u64, &shape)).collect() // shape
+                        (first..first + count)
+                            .map(|seed| draw_in::<E, B>(device, seed as u64, &shape))
+                            .collect() // shape
                     };
                     let (a, b) = (draws(0, a), draws(50, b));
                     let mut c = draws(100, [5, 3]); // [5, 3] each
