@@ -85,7 +85,7 @@ impl From<f32> for Bf16 {
     /// To nearest, ties to even; a NaN to the one that GPUs make of it.
     fn from(x: f32) -> Self {
         let bits = x.to_bits();
-        let odd = bits >> 16 & 1; // a tie goes up only where that makes the result even; a carry into the exponent is right
+        let odd = (bits >> 16) & 1; // a tie goes up only where that makes the result even; a carry into the exponent is right
         if x.is_nan() { Self(0x7fff) } else { Self(((bits + 0x7fff + odd) >> 16) as u16) }
     }
 }
@@ -174,7 +174,7 @@ mod tests {
         for bits in 0..0x7f80u16 {
             let (low, high) = (bits, bits + 1); // 0x7f80 is infinity: what lies half way to it, or beyond, is rounded to it
             let even = if low % 2 == 0 { low } else { high };
-            let middle = f32::from_bits(u32::from(low) << 16 | 0x8000);
+            let middle = f32::from_bits((u32::from(low) << 16) | 0x8000);
             for sign in [1.0, -1.0] {
                 let negative = if sign < 0.0 { 0x8000 } else { 0 };
                 let cases = [(middle.next_down(), low), (middle, even), (middle.next_up(), high)];

@@ -26,8 +26,8 @@ const NAIVE: f64 = 1e-13;
 /// f32: a short chain of roundings per element: 4. Sums of K terms add about √K/2 roundings, K at most 16,421/16 in each of 16
 /// lanes: 16. Sums over rows have one lane and K = 5,000 (and the norms cube a rounded 1/rms before that): 32.
 /// bf16: whatever is computed, f32 holds it until it is rounded for the first time, and one rounding is at most one yardstick: 1.
-/// What reads back something rounded rounds twice: 2 (a mean its sum, lowrank_linear x·B, softmax's gradient y, attention's o; the
-/// gradient of cross_entropy is rounded before it is multiplied by dy). The rounding of f32, 2⁻¹⁶ of that, is what they do not reach.
+/// What reads back something rounded rounds twice: 2 (a mean its sum, lowrank_linear x·B, attention's gradient o; that of cross_entropy
+/// is rounded before it is multiplied by dy). Softmax's gradient reads back y, which rounded does not sum to 1: as in f32.
 /// `cancels`: the gradient can be a small difference of terms as large as dy (1 − tanh², p − 1, dy − mean), so dy's own
 /// rounding is allowed for too.
 const TOLERANCES: &[(&str, f64, f64, bool)] = &[
@@ -55,7 +55,7 @@ const TOLERANCES: &[(&str, f64, f64, bool)] = &[
     ("matmul_tt", 16.0, 1.0, false),
     ("linear", 16.0, 1.0, false),
     ("lowrank_linear", 16.0, 2.0, false),
-    ("softmax", 16.0, 2.0, false),
+    ("softmax", 16.0, 16.0, false),
     ("rms_norm", 32.0, 1.0, true),
     ("layer_norm", 32.0, 1.0, true),
     ("attention", 16.0, 2.0, true),

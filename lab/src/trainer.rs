@@ -674,6 +674,8 @@ mod tests {
         }
     }
 
+    /// Each rounding errs by up to u = 2⁻⁸, in either direction, and what is compared are sums over many of them: all three stay
+    /// below u, the loss, a mean over all tokens that is itself not rounded, below u/4. But they are not those of f32.
     #[test]
     fn ten_steps_in_bf16_agree_with_pytorch() {
         let Some(gpu) = gpu() else { return };
@@ -682,7 +684,26 @@ mod tests {
             let trainer = start(&gpu, &config(method, &reference)).computing_on(gpu.with_elements::<Bf16>());
             let [loss, norm, squares] = deviations(trainer, &reference);
             println!("{}: {loss:.1e}, {norm:.1e}, {squares:.1e}", crate::config::name(method));
+            let u = Bf16::UNIT_ROUNDOFF;
+            assert!(loss < u / 4.0 && norm < u && squares < u, "{method:?}: {loss:e}, {norm:e}, {squares:e}");
+            assert!(loss > 1e-5, "{method:?}: {loss:e}");
         }
+    }
+
+    #[test]
+    fn a_run_in_bf16_goes_on_from_its_checkpoint_to_the_same_bits() {
+        let Some(gpu) = gpu() else { return };
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let config = config(Method::Spectron, &reference);
+        let meta = || Meta::of_model(config.clone());
+        let mut whole = start(&gpu, &config).computing_on(gpu.with_elements::<Bf16>());
+        whole.step(&[batch(&config, 0), batch(&config, 1)], 1.0).unwrap();
+        let saved = whole.checkpoint(meta());
+        let parts = Trainer::resumed(&gpu, &config, saved).unwrap();
+        let mut parts = parts.computing_on(gpu.with_elements::<Bf16>());
+        let [one, other] = [&mut whole, &mut parts].map(|t| t.step(&[batch(&config, 2)], 1.0).unwrap().loss);
+        assert_eq!(one.to_bits(), other.to_bits());
+        assert!(whole.checkpoint(meta()).tensors == parts.checkpoint(meta()).tensors);
     }
 
     #[test]
