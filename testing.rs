@@ -27,7 +27,7 @@
 
 use crate::autograd::{self, Tape, Var};
 use crate::lowrank::{FactorPair, gaussian};
-use crate::tensor::{Backend, Cpu, Scalar, Shape, Tensor};
+use crate::tensor::{Backend, Cpu, Element, Scalar, Shape, Tensor};
 use nalgebra::DMatrix;
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError, TestError, TestRunner};
@@ -346,11 +346,6 @@ fn list(sigma: &[f64]) -> String {
     format!("singular values {}{}", shown.join(", "), if sigma.len() > 8 { ", …" } else { "" })
 }
 
-/// 2⁻²⁴ for f32, 2⁻⁵³ for f64.
-fn unit_roundoff<B: Backend>() -> f64 {
-    <B::Elem as num_traits::Float>::epsilon().f64() / 2.0
-}
-
 /// Asserts ‖W‖₂ ≤ `bound`, W being a matrix or a factor pair such as [`FactorPair::change_since`].
 ///
 /// Decided by an f64 decomposition of W as it is stored, for whose rounding 1e-12 of the bound is allowed. What rounding did
@@ -381,7 +376,7 @@ pub fn assert_spectral_norm_le(w: &impl Spectral, bound: f64) {
 pub fn assert_orthonormal<B: Backend>(q: &Tensor<B>) {
     let (m, n) = q.shape().matrix("assert_orthonormal");
     let sigma = q.sigma();
-    let allowed = 16.0 * m.max(n) as f64 * unit_roundoff::<B>();
+    let allowed = 16.0 * m.max(n) as f64 * B::Elem::UNIT_ROUNDOFF;
     let error = sigma.iter().map(|s| (s * s - 1.0).abs()).fold(0.0, |a, b| if a >= b { a } else { b }); // NaN stays
     if error <= allowed {
         return;
@@ -419,7 +414,7 @@ pub fn assert_same_w<B: Backend, C: Backend>(one: &FactorPair<B>, two: &FactorPa
     let (size_two, w_two) = dense(round(&two.a), round(&two.b));
     let distance = w_one.sub(&w_two).sigma()[0];
     let rank = one.rank().max(two.rank()) as f64;
-    let allowed = 16.0 * rank * unit_roundoff::<B>().max(unit_roundoff::<C>()) * size_one.max(size_two);
+    let allowed = 16.0 * rank * B::Elem::UNIT_ROUNDOFF.max(C::Elem::UNIT_ROUNDOFF) * size_one.max(size_two);
     assert!(
         distance <= allowed,
         "assert_same_w: ‖W₁ − W₂‖₂ = {distance:.3e}, allowed {allowed:.3e}\n  W₁ {}, {}\n  W₂ {}, {}",

@@ -70,7 +70,7 @@ fn attention(c: &mut Criterion) {
         // q·kᵀ and p·v over the (T + 1)/2 keys that a query sees; backward four such products and q·kᵀ again
         let product = 2 * rows * d * (rows / batch + 1) / 2;
         bench(c, "attention", &format!("{preset} forward"), 2 * product, || B::attention(&q, &k, &v, how));
-        let [o, lse] = B::attention(&q, &k, &v, how); // [N, d], [batch, heads, T]
+        let (o, lse) = B::attention(&q, &k, &v, how); // [N, d], [batch, heads, T]
         bench(c, "attention", &format!("{preset} backward"), 5 * product, || {
             B::attention_grad([&q, &k, &v], &o, &lse, &dout, how)
         });
@@ -81,7 +81,7 @@ fn rows(c: &mut Criterion) {
     for (preset, rows, _, d, _, f, v) in PRESETS {
         let (x, g, dy) = (draw([rows, d]), draw([d]), draw([rows, d]));
         bench(c, "rms_norm", &format!("{preset} forward"), x.len(), || B::rms_norm(&x, &g, 1e-5));
-        let [_, inv_rms] = B::rms_norm(&x, &g, 1e-5); // [N, d], [N]
+        let (_, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [N, d], [N]
         bench(c, "rms_norm", &format!("{preset} backward"), x.len(), || {
             B::rms_norm_grad(&x, &g, &inv_rms, &dy)
         });

@@ -16,15 +16,18 @@ from pathlib import Path
 
 GPU = Path(__file__).resolve().parent.parent / "gpu"
 ARCHITECTURES = (80, 90, 100)
+ELEMENTS = {"f32": "float", "bf16": "Bf16"}
 LITTLE = 32
 
 
 def sources() -> tuple[str, list[str]]:
-    """The translation unit of gpu/kernels.rs, and the names of its kernels."""
+    """The translation unit of gpu/kernels.rs, and the names of its kernels, which are there for each type of elements."""
     text = (GPU / "kernels.rs").read_text()
     files = re.findall(r'include_str!\("(.+?)"\)', text)
-    names = re.findall(r'"(\w+)"', text.split("NAMES")[1])
-    return "".join(f'#line 1 "{Path(f).name}"\n{(GPU / f).read_text()}' for f in files), names
+    common, *kernels = (f'#line 1 "{Path(f).name}"\n{(GPU / f).read_text()}' for f in files)
+    for element, t in ELEMENTS.items():
+        common += f"#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {t} T;\n{''.join(kernels)}}}\n"
+    return common, re.findall(r'"(\w+)"', text.split("NAMES")[1])
 
 
 def library() -> ctypes.CDLL:
@@ -84,7 +87,8 @@ def main():
     nvrtc = library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    text, names = sources()
+    text, kernels = sources()
+    names = [f"{kernel}_{element}" for element in ELEMENTS for kernel in kernels]
     tables = []
     for arch in ARCHITECTURES:
         start = time.time()
@@ -100,11 +104,12 @@ def main():
             print(f"sm_{arch}: {len(names)} kernels by NVRTC {major.value}.{minor.value}, {len(cubin)} bytes, {seconds:.1f} s")
     if not all(set(names) == set(table) for table in tables):
         sys.exit(f"ptxas reports {sorted(tables[0])}, not the kernels of gpu/kernels.rs")
-    print("| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | static shared memory, bytes |")
+    print("| registers: f32, bf16 | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | static shared memory, bytes |")
     print("|---" * (len(ARCHITECTURES) + 2) + "|")
-    for name in names:
-        cells = (f"{r} (spills {s} bytes)" if s else str(r) for r, s, _ in (t[name] for t in tables))
-        print(f"| {name} | " + " | ".join(cells) + f" | {tables[0][name][2]} |")
+    for kernel in kernels:
+        both = lambda table: [table[f"{kernel}_{element}"] for element in ELEMENTS]
+        cells = (", ".join(f"{r} (spills {s} bytes)" if s else str(r) for r, s, _ in both(table)) for table in tables)
+        print(f"| {kernel} | " + " | ".join(cells) + f" | {max(shared for *_, shared in both(tables[0]))} |")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 //!
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
-use super::executor::{Address, Arg, Executor, Gemm, Launch};
-use crate::tensor::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Shape, Tensor, Unary};
+use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
+use crate::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// A GPU, computing in `T` (f32).
+/// Arguments of a kernel.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => { &[$(Arg::from($x)),*] };
+}
+
+/// A GPU whose tensors have elements of type `T` (f32 or [`Bf16`]). It computes in f32 whatever `T` is.
 #[derive(Clone, Debug)]
 pub struct Cuda<T> {
     executor: Arc<dyn Executor>,
@@ -19,6 +24,13 @@ impl Cuda<f32> {
     /// On an executor that is open.
     pub fn on(executor: Arc<dyn Executor>) -> Self {
         Self { executor, element: PhantomData }
+    }
+}
+
+impl<T: OnGpu> Cuda<T> {
+    /// The same device, with tensors of another type.
+    pub fn with_elements<U: OnGpu>(&self) -> Cuda<U> {
+        Cuda { executor: self.executor.clone(), element: PhantomData }
     }
 
     fn alloc(&self, bytes: usize) -> Memory {
@@ -51,7 +63,7 @@ impl Cuda<f32> {
     unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, args: &[Arg]) {
         let grid = grid.map(int);
         // SAFETY: the caller's promise
-        unsafe { self.executor.launch(Launch { kernel, grid, threads, shared: 0 }, args) }
+        unsafe { self.executor.launch(Launch { kernel, element: T::TYPE, grid, threads, shared: 0 }, args) }
     }
 
     /// A kernel that looks at `n` elements, each by itself.
@@ -82,18 +94,32 @@ impl Cuda<f32> {
         // rows that one block adds: few, but not so few that adding up the chunks takes as long again
         let chunk = n.div_ceil(1024).max(256);
         let chunks = n.div_ceil(chunk).max(1);
-        let sum = |kernel, inputs: &[Arg], n: usize, chunk: usize, out: [usize; 2]| {
-            let mut y = Tensor::scratch(self, out); // [chunks, d]
-            let tail = [(&mut y).into(), (n as u64).into(), int(d).into(), int(chunk).into()];
-            let args = [inputs, &tail].concat();
-            // SAFETY: the caller's promise, and y has a row for each chunk
-            unsafe { self.launch(kernel, [d.div_ceil(32), out[0], 1], 256, &args) };
-            y
-        };
-        let parts = sum(kernel, inputs, n, chunk, [chunks, d]); // [chunks, d]
-        let total =
-            if chunks == 1 { parts } else { sum("sum_rows", &[(&parts).into()], chunks, chunks, [1, d]) };
-        total.reshape([d]) // [d]
+        // SAFETY: the caller's promise
+        let mut sums = unsafe { self.chunk_sums(kernel, [n, d], chunk, inputs) }; // [chunks, d]
+        if chunks > 1 {
+            // SAFETY: (x, …)
+            sums = unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks, args![&sums]) }; // [1, d]
+        }
+        self.narrow(&sums.reshape([d])) // [d]
+    }
+
+    /// The sum of each `chunk` rows, one chunk if there are no rows → [chunks, d], in f32 for the next sum to go on with.
+    ///
+    /// # Safety
+    /// As for `column_sums`.
+    unsafe fn chunk_sums(
+        &self,
+        kernel: &'static str,
+        [n, d]: [usize; 2],
+        chunk: usize,
+        inputs: &[Arg],
+    ) -> Tensor<Cuda<f32>> {
+        let chunks = n.div_ceil(chunk).max(1);
+        let mut y = Tensor::scratch(&self.wide(), [chunks, d]); // [chunks, d]
+        let args = [inputs, args![&mut y, n as u64, int(d), int(chunk)]].concat();
+        // SAFETY: the caller's promise, and y has a row for each chunk
+        unsafe { self.launch(kernel, [d.div_ceil(32), chunks, 1], 256, &args) };
+        y
     }
 
     /// Σ over all elements, by a kernel that writes one f64 for each block.
@@ -116,11 +142,48 @@ impl Cuda<f32> {
 }
 
 /// Numbers that may be copied as bytes.
-trait Plain: Copy + Default {}
+pub trait Plain: Copy + Default {}
 impl Plain for u32 {}
 impl Plain for u64 {}
 impl Plain for f32 {}
+impl Plain for Bf16 {}
 impl Plain for f64 {}
+
+/// Types of elements that there are kernels for.
+pub trait OnGpu: Element + Plain {
+    /// The type, as kernels have it.
+    const TYPE: Type;
+    /// [`Backend::widen`].
+    fn widen(x: &Tensor<Cuda<Self>>) -> Tensor<Cuda<f32>>;
+    /// [`Backend::narrow`].
+    fn narrow(device: &Cuda<Self>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Self>>;
+}
+
+impl OnGpu for f32 {
+    const TYPE: Type = Type::F32;
+    fn widen(x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
+        x.clone()
+    }
+    fn narrow(_: &Cuda<f32>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
+        x.clone()
+    }
+}
+
+impl OnGpu for Bf16 {
+    const TYPE: Type = Type::Bf16;
+    fn widen(x: &Tensor<Cuda<Bf16>>) -> Tensor<Cuda<f32>> {
+        let mut y = Tensor::scratch(&x.device().wide(), x.shape()); // like x
+        // SAFETY: (x, y, n)
+        unsafe { x.device().each("widen", x.len(), args![x, &mut y, x.len() as u64]) };
+        y
+    }
+    fn narrow(device: &Cuda<Bf16>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Bf16>> {
+        let mut y = Tensor::scratch(device, x.shape()); // like x
+        // SAFETY: (x, y, n)
+        unsafe { device.each("narrow", x.len(), args![x, &mut y, x.len() as u64]) };
+        y
+    }
+}
 
 /// Sizes that a kernel counts in 32 bits.
 fn int(x: usize) -> u32 {
@@ -173,28 +236,28 @@ impl Clone for Buffer {
 }
 
 /// The address of a tensor's buffer, which must hold the tensor: a user could hand over another.
-fn checked(buffer: &Buffer, len: usize) -> &Memory {
+fn checked<T>(buffer: &Buffer, len: usize) -> &Memory {
     let Memory { bytes, .. } = buffer.0;
-    assert!(bytes >= len * size_of::<f32>(), "GPU: a buffer of {bytes} bytes for {len} elements");
+    assert!(bytes >= len * size_of::<T>(), "GPU: a buffer of {bytes} bytes for {len} elements");
     &buffer.0
 }
 
-impl From<&Tensor<Cuda<f32>>> for Arg {
-    fn from(x: &Tensor<Cuda<f32>>) -> Self {
-        checked(x.buffer(), x.len()).into()
+impl<T: OnGpu> From<&Tensor<Cuda<T>>> for Arg {
+    fn from(x: &Tensor<Cuda<T>>) -> Self {
+        checked::<T>(x.buffer(), x.len()).into()
     }
 }
 
-impl From<&mut Tensor<Cuda<f32>>> for Arg {
+impl<T: OnGpu> From<&mut Tensor<Cuda<T>>> for Arg {
     /// For writing: copied first if another tensor shares the buffer.
-    fn from(x: &mut Tensor<Cuda<f32>>) -> Self {
+    fn from(x: &mut Tensor<Cuda<T>>) -> Self {
         let len = x.len();
-        checked(x.buffer_mut(), len).into()
+        checked::<T>(x.buffer_mut(), len).into()
     }
 }
 
 /// Panics unless all have the first one's length: kernels rely on it.
-fn same_len<const N: usize>(op: &str, tensors: [&Tensor<Cuda<f32>>; N]) {
+fn same_len<T: OnGpu, const N: usize>(op: &str, tensors: [&Tensor<Cuda<T>>; N]) {
     let len = tensors[0].len();
     assert!(tensors.iter().all(|x| x.len() == len), "{op}: {:?}", tensors.map(Tensor::shape));
 }
@@ -204,29 +267,34 @@ fn below(op: &str, indices: &[u32], size: usize) {
     assert!(indices.iter().all(|&i| (i as usize) < size), "{op}: an index is not below {size}");
 }
 
-/// Arguments of a kernel.
-macro_rules! args {
-    ($($x:expr),* $(,)?) => { &[$(Arg::from($x)),*] };
-}
-
-impl Backend for Cuda<f32> {
-    type Elem = f32;
+impl<T: OnGpu> Backend for Cuda<T> {
+    type Elem = T;
     type Buffer = Buffer;
+    type Wide = Cuda<f32>;
 
-    fn upload(&self, host: Vec<f32>) -> Buffer {
+    fn upload(&self, host: Vec<T>) -> Buffer {
         Buffer(self.stage(&host))
     }
-    fn download(&self, buffer: &Buffer) -> Vec<f32> {
+    fn download(&self, buffer: &Buffer) -> Vec<T> {
         self.fetch(&buffer.0)
     }
     fn scratch(&self, len: usize) -> Buffer {
-        Buffer(self.alloc(len * size_of::<f32>()))
+        Buffer(self.alloc(len * size_of::<T>()))
     }
     fn filled(&self, len: usize, value: f64) -> Buffer {
         let buffer = self.scratch(len);
         // SAFETY: (y, value, n)
         unsafe { self.each("fill", len, args![&buffer.0, value as f32, len as u64]) };
         buffer
+    }
+    fn wide(&self) -> Cuda<f32> {
+        self.with_elements()
+    }
+    fn widen(x: &Tensor<Self>) -> Tensor<Cuda<f32>> {
+        T::widen(x)
+    }
+    fn narrow(&self, x: &Tensor<Cuda<f32>>) -> Tensor<Self> {
+        T::narrow(self, x)
     }
     fn sync(&self) {
         self.executor.sync();
@@ -250,14 +318,22 @@ impl Backend for Cuda<f32> {
                 [a.transposed, b.transposed] == transposed,
                 "gemm: {a} · {b}: every product of a batch is of one kind"
             );
-            let (a, b) = (checked(a.tensor.buffer(), m * k), checked(b.tensor.buffer(), k * n));
-            [a.address, b.address, checked(c.buffer_mut(), m * n).address]
+            let (a, b) = (checked::<T>(a.tensor.buffer(), m * k), checked::<T>(b.tensor.buffer(), k * n));
+            [a.address, b.address, checked::<T>(c.buffer_mut(), m * n).address]
         });
         let operands = operands.collect();
         let device = first.tensor.device();
         // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
         unsafe {
-            device.executor.gemm(&Gemm { m, k, n, transposed, add: accum == Accum::Add, operands });
+            device.executor.gemm(&Gemm {
+                element: T::TYPE,
+                m,
+                k,
+                n,
+                transposed,
+                add: accum == Accum::Add,
+                operands,
+            });
         }
     }
 
@@ -343,19 +419,19 @@ impl Backend for Cuda<f32> {
         dx
     }
 
-    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Cuda<f32>>) {
         let (n, d) = (x.rows(), x.cols());
         assert!(g.len() == d, "rms_norm: {} for {}", g.shape(), x.shape());
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
-        let mut inv_rms = Tensor::scratch(x.device(), [n]); // [n]
+        let mut inv_rms = Tensor::scratch(&x.device().wide(), [n]); // [n]
         // SAFETY: (x, g, y, inv_rms, d, eps)
         unsafe { x.device().rows("rms_norm", [n, d], args![x, g, &mut y, &mut inv_rms, int(d), eps as f32]) };
-        [y, inv_rms]
+        (y, inv_rms)
     }
     fn rms_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
-        inv_rms: &Tensor<Self>,
+        inv_rms: &Tensor<Cuda<f32>>,
         dy: &Tensor<Self>,
     ) -> [Tensor<Self>; 2] {
         let (n, d) = (x.rows(), x.cols());
@@ -369,7 +445,12 @@ impl Backend for Cuda<f32> {
         [dx, dg]
     }
 
-    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+    fn layer_norm(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        b: &Tensor<Self>,
+        eps: f64,
+    ) -> (Tensor<Self>, Tensor<Cuda<f32>>) {
         let (n, d) = (x.rows(), x.cols());
         assert!(
             g.len() == d && b.len() == d,
@@ -379,16 +460,16 @@ impl Backend for Cuda<f32> {
             x.shape()
         );
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
-        let mut stats = Tensor::scratch(x.device(), [n, 2]); // [n, 2]
+        let mut stats = Tensor::scratch(&x.device().wide(), [n, 2]); // [n, 2]
         let args = args![x, g, b, &mut y, &mut stats, int(d), eps as f32];
         // SAFETY: (x, g, b, y, stats, d, eps)
         unsafe { x.device().rows("layer_norm", [n, d], args) };
-        [y, stats]
+        (y, stats)
     }
     fn layer_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
-        stats: &Tensor<Self>,
+        stats: &Tensor<Cuda<f32>>,
         dy: &Tensor<Self>,
     ) -> [Tensor<Self>; 3] {
         let (n, d) = (x.rows(), x.cols());
@@ -449,7 +530,7 @@ impl Backend for Cuda<f32> {
 
     fn rope(
         x: &Tensor<Self>,
-        table: &Tensor<Self>,
+        table: &Tensor<Cuda<f32>>,
         len: usize,
         offset: usize,
         inverse: bool,
@@ -470,22 +551,27 @@ impl Backend for Cuda<f32> {
         y
     }
 
-    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2] {
+    fn attention(
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        how: Attention,
+    ) -> (Tensor<Self>, Tensor<Cuda<f32>>) {
         let z = Layout::new(q, k, how);
         same_len("attention", [k, v]);
         let mut o = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
-        let mut lse = Tensor::scratch(q.device(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
+        let mut lse = Tensor::scratch(&q.device().wide(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
         let args = args![q, k, v, &mut o, &mut lse];
         // SAFETY: (q, k, v, o, lse, …)
         unsafe {
             z.launch(q.device(), ["attention_1", "attention_2", "attention_4"], Stand::Queries, [3, 1], args)
         };
-        [o, lse]
+        (o, lse)
     }
     fn attention_grad(
         [q, k, v]: [&Tensor<Self>; 3],
         o: &Tensor<Self>,
-        lse: &Tensor<Self>,
+        lse: &Tensor<Cuda<f32>>,
         dout: &Tensor<Self>,
         how: Attention,
     ) -> [Tensor<Self>; 3] {
@@ -495,7 +581,7 @@ impl Backend for Cuda<f32> {
         let device = q.device();
         let rows = how.batch * z.tq * how.heads;
         assert!(lse.len() == rows, "attention_grad: {} log-sum-exps", lse.shape());
-        let mut delta = Tensor::scratch(device, [how.batch, how.heads, z.tq]); // [batch, heads, tq]
+        let mut delta = Tensor::scratch(&device.wide(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
         let mut dq = Tensor::scratch(device, q.shape()); // [batch·tq, heads·h]
         let mut dk = Tensor::scratch(device, k.shape()); // [batch·tk, kv_heads·h]
         let mut dv = Tensor::scratch(device, v.shape()); // [batch·tk, kv_heads·h]
@@ -513,19 +599,19 @@ impl Backend for Cuda<f32> {
         [dq, dk, dv]
     }
 
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2] {
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Cuda<f32>>, Tensor<Self>) {
         let (n, d, device) = (logits.rows(), logits.cols(), logits.device());
         assert!(targets.len() == n, "cross_entropy: {} targets for {}", targets.len(), logits.shape());
         below("cross_entropy", targets, d);
         let mut dx = Tensor::scratch(device, logits.shape()); // [n, v]
-        let mut loss = Tensor::scratch(device, [1]); // [1]
+        let mut loss = Tensor::scratch(&device.wide(), [1]); // [1]
         let (targets, losses) = (device.stage(targets), device.alloc(n * size_of::<f64>()));
         let args = args![logits, &targets, &mut dx, &losses, int(d), 1.0 / n as f32];
         // SAFETY: (x, targets, dx, losses, d, inv_n), the targets below d
         unsafe { device.rows("cross_entropy", [n, d], args) };
         // SAFETY: (losses, mean, n)
         unsafe { device.rows("mean_loss", [1, n], args![&losses, &mut loss, int(n)]) };
-        [loss, dx]
+        (loss, dx)
     }
 
     fn adamw(
@@ -567,7 +653,7 @@ impl Layout {
     /// The largest head size: a kernel for up to 32·4.
     const MAX_HEAD: usize = 128;
 
-    fn new(q: &Tensor<Cuda<f32>>, k: &Tensor<Cuda<f32>>, how: Attention) -> Self {
+    fn new<T: OnGpu>(q: &Tensor<Cuda<T>>, k: &Tensor<Cuda<T>>, how: Attention) -> Self {
         let Attention { batch, heads, kv_heads, causal } = how;
         let h = q.cols() / heads;
         assert!(
@@ -591,9 +677,9 @@ impl Layout {
     ///
     /// # Safety
     /// `args` must be those of the kernel, in number, type and meaning.
-    unsafe fn launch(
+    unsafe fn launch<T: OnGpu>(
         &self,
-        device: &Cuda<f32>,
+        device: &Cuda<T>,
         kernels: [&'static str; 3],
         stand: Stand,
         [wide, square]: [usize; 2],
@@ -610,6 +696,7 @@ impl Layout {
             if stand == Stand::Queries { (self.tq, heads) } else { (self.tk, kv_heads) };
         let launch = Launch {
             kernel,
+            element: T::TYPE,
             grid: [len.div_ceil(Self::TILE), heads_of_grid, batch].map(int),
             threads: Self::THREADS,
             shared: int(floats * size_of::<f32>()),

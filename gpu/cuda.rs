@@ -5,7 +5,7 @@
 //! may be freed as soon as the last launch that uses it has been enqueued.
 
 use super::backend::Cuda;
-use super::executor::{Address, Arg, Executor, Gemm, Launch, pointers};
+use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
 use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
@@ -27,7 +27,7 @@ struct Gpu {
     pooled: bool,
     /// A handle must not be used by two threads at a time.
     blas: Mutex<CudaBlas>,
-    functions: HashMap<&'static str, CudaFunction>,
+    functions: HashMap<(&'static str, Type), CudaFunction>,
 }
 
 impl Cuda<f32> {
@@ -51,10 +51,19 @@ impl Cuda<f32> {
             keep_freed_memory(&context).map_err(driver)?;
         }
         let blas = CudaBlas::new(stream.clone()).map_err(|e| failed("cuBLAS", &e))?;
+        // where a sum of bf16 products is split, its parts are otherwise rounded to bf16 too
+        use blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION as F32_SUMS;
+        // SAFETY: the handle is open
+        let set = unsafe { blas_sys::cublasSetMathMode(*blas.handle(), F32_SUMS) };
+        set.result().map_err(|e| failed("cuBLAS", &e))?;
         let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
         let module = context.load_module(Ptx::from_binary(image)).map_err(driver)?;
-        let function = |name: &'static str| module.load_function(name).map(|function| (name, function));
-        let functions = kernels::NAMES.into_iter().map(function).collect::<Result<_, _>>().map_err(driver)?;
+        let function = |(kernel, element): (&'static str, Type)| {
+            let function = module.load_function(&kernels::name(kernel, element));
+            function.map(|function| ((kernel, element), function))
+        };
+        let all = Type::ALL.into_iter().flat_map(|element| kernels::NAMES.map(|kernel| (kernel, element)));
+        let functions = all.map(function).collect::<Result<_, _>>().map_err(driver)?;
         Ok(Self::on(Arc::new(Gpu { ordinal, context, stream, pooled, blas: Mutex::new(blas), functions })))
     }
 }
@@ -163,12 +172,12 @@ impl Executor for Gpu {
     }
 
     unsafe fn launch(&self, launch: Launch, args: &[Arg]) {
-        let Launch { kernel, grid: [x, y, z], threads, shared } = launch;
+        let Launch { kernel, element, grid: [x, y, z], threads, shared } = launch;
         if [x, y, z].contains(&0) {
             return;
         }
         self.enter();
-        let function = &self.functions[kernel];
+        let function = &self.functions[&(kernel, element)];
         if shared > 48 << 10 {
             // more than every device gives without being asked
             use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
@@ -186,21 +195,25 @@ impl Executor for Gpu {
         use blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as COMPUTE;
         use blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT as ALGORITHM;
         use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-        use blas_sys::cudaDataType_t::CUDA_R_32F as F32;
-        let Gemm { m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        let Gemm { element, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
         self.enter();
         if k == 0 {
             if !add {
                 let zero = |&[.., c]: &[Address; 3]| {
                     // SAFETY: the caller's promise
                     self.must("gemm", unsafe {
-                        result::memset_d8_async(c, 0, 4 * m * n, self.stream.cu_stream())
+                        result::memset_d8_async(c, 0, element.bytes() * m * n, self.stream.cu_stream())
                     });
                 };
                 operands.iter().for_each(zero);
             }
             return;
         }
+        let t = match element {
+            Type::F32 => CUDA_R_32F,
+            Type::Bf16 => CUDA_R_16BF,
+        };
         // cuBLAS reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
@@ -215,8 +228,7 @@ impl Executor for Gpu {
             // SAFETY: the caller's promise
             let done = unsafe {
                 cublas::result::gemm_ex(
-                    handle, opb, opa, n, m, k, alpha, b, F32, ldb, a, F32, lda, beta, c, F32, n, COMPUTE,
-                    ALGORITHM,
+                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, COMPUTE, ALGORITHM,
                 )
             };
             return self.must("gemm", done);
@@ -244,14 +256,14 @@ impl Executor for Gpu {
                 k,
                 alpha,
                 b,
-                F32,
+                t,
                 ldb,
                 a,
-                F32,
+                t,
                 lda,
                 beta,
                 c,
-                F32,
+                t,
                 n,
                 int(count),
                 COMPUTE,

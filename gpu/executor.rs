@@ -7,7 +7,7 @@
 
 use super::backend::Memory;
 use std::ffi::c_void;
-use std::fmt::Debug;
+use std::fmt::{self, Debug, Display, Formatter};
 
 /// An address in the executor's memory.
 pub type Address = u64;
@@ -43,10 +43,39 @@ pub(super) fn pointers(args: &[Arg]) -> Vec<*mut c_void> {
     args.iter().map(|arg| (&raw const arg.0).cast_mut().cast()).collect()
 }
 
+/// A type of elements, as device memory has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    F32,
+    Bf16,
+}
+
+impl Type {
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+impl Display for Type {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
 /// How a kernel is started.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
     pub kernel: &'static str,
+    /// Which of the kernels of this name.
+    pub element: Type,
     pub grid: [u32; 3],
     /// Threads of a block, a multiple of 32.
     pub threads: u32,
@@ -57,6 +86,8 @@ pub struct Launch {
 /// A batch of products C ← or += A·B of one shape, row-major without gaps. `transposed`: A is stored as [k, m], B as [n, k].
 #[derive(Clone, Debug)]
 pub struct Gemm {
+    /// Of A, B and C.
+    pub element: Type,
     pub m: usize,
     pub k: usize,
     pub n: usize,
@@ -99,7 +130,7 @@ pub trait Executor: Send + Sync + Debug {
     /// # Safety
     /// The arguments must be those of the kernel, in number, type and meaning.
     unsafe fn launch(&self, launch: Launch, args: &[Arg]);
-    /// A batch of products in f32, without rounding the inputs (no TF32).
+    /// A batch of products. Sums are f32 and rounded once, to C's elements; inputs are not rounded (no TF32).
     ///
     /// # Safety
     /// The device must have allocated all matrices, and no C may overlap another or an operand.

@@ -1,21 +1,44 @@
 //! The sources of the kernels, which the executors compile: CUDA through NVRTC, the simulator as C++.
 
-/// File and text, in the order in which they make one translation unit.
-pub const SOURCES: [(&str, &str); 4] = [
-    ("common.cuh", include_str!("kernels/common.cuh")),
+use super::executor::Type;
+
+/// What stands once in the translation unit: file and text.
+const COMMON: (&str, &str) = ("common.cuh", include_str!("kernels/common.cuh"));
+
+/// What stands in it once for each type of elements.
+const KERNELS: [(&str, &str); 3] = [
     ("elementwise.cu", include_str!("kernels/elementwise.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
 ];
 
-/// All of them; `#line` lets a compiler's messages name the file.
+/// The translation unit: in a namespace for each type of elements, T is the type and ELEMENT its name. `#line` lets a compiler's
+/// messages name the file.
 pub fn source() -> String {
-    SOURCES.iter().map(|(file, text)| format!("#line 1 \"{file}\"\n{text}")).collect()
+    let file = |(name, text): (&str, &str)| format!("#line 1 \"{name}\"\n{text}");
+    let kernels = KERNELS.map(file).concat();
+    let of = |element: Type| {
+        let c = match element {
+            Type::F32 => "float",
+            Type::Bf16 => "Bf16",
+        };
+        format!(
+            "#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{kernels}}}\n"
+        )
+    };
+    file(COMMON) + &Type::ALL.map(of).concat()
 }
 
-/// The names of all kernels.
-pub const NAMES: [&str; 36] = [
+/// The name of a kernel in the translation unit.
+pub fn name(kernel: &str, element: Type) -> String {
+    format!("{kernel}_{element}")
+}
+
+/// All kernels, each of which is there for each type of elements.
+pub const NAMES: [&str; 38] = [
     "fill",
+    "widen",
+    "narrow",
     "axpby",
     "unary",
     "unary_grad",

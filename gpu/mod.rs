@@ -17,7 +17,7 @@ mod probe;
 #[cfg(feature = "simulator")]
 mod simulator;
 
-pub use backend::{Buffer, Cuda, Memory};
+pub use backend::{Buffer, Cuda, Memory, OnGpu};
 #[cfg(feature = "cuda")]
 pub use compile::compile;
 #[cfg(feature = "cuda")]

@@ -4,8 +4,9 @@
 //! Every launch has another schedule of its threads. Memory starts as NaN and has a margin of NaN on both sides: what is read
 //! beyond shows in results, what is written there panics when the memory is freed.
 
-use super::executor::{Address, Arg, Executor, Gemm, Launch, pointers};
+use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
 use super::kernels;
+use crate::tensor::Bf16;
 use std::alloc::Layout;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
@@ -69,7 +70,8 @@ impl Simulator {
     /// As for [`Simulator::new`].
     pub fn build(library: &Path, source: &str, options: &[&str]) -> Result<(), String> {
         let text = library.with_extension("cpp");
-        let table: String = kernels::NAMES.iter().map(|name| format!("SIMULATE({name})\n")).collect();
+        let row = |element| kernels::NAMES.map(|kernel| format!("SIMULATE({element}, {kernel})\n")).concat();
+        let table = Type::ALL.map(row).concat();
         let host = include_str!("simulator/simulator.h");
         let all = format!("#line 1 \"simulator.h\"\n{host}{source}\nSIMULATE_BEGIN\n{table}SIMULATE_END\n");
         std::fs::write(&text, all).map_err(|e| format!("{}: {e}", text.display()))?;
@@ -136,10 +138,10 @@ impl Executor for Simulator {
     }
 
     unsafe fn launch(&self, launch: Launch, args: &[Arg]) {
-        let Launch { kernel, grid, threads, shared } = launch;
+        let Launch { kernel, element, grid, threads, shared } = launch;
         assert!(threads.is_multiple_of(32) && threads <= 1024, "{kernel}: {threads} threads");
         let schedule = self.launches.fetch_add(1, Ordering::Relaxed);
-        let name = CString::new(kernel).expect("names have no NUL");
+        let name = CString::new(kernels::name(kernel, element)).expect("names have no NUL");
         let args = pointers(args);
         // SAFETY: the caller's promise
         let error = unsafe {
@@ -154,17 +156,33 @@ impl Executor for Simulator {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
-        let Gemm { m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        let Gemm { element, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
         let strides = |t: bool, rows: usize, cols: usize| match t {
             false => (cols as isize, 1),
             true => (1, rows as isize),
         };
         let ((ra, ca), (rb, cb)) = (strides(ta, m, k), strides(tb, k, n));
         let beta = if add { 1.0 } else { 0.0 };
+        // SAFETY: the caller's promise
+        let product = |a: *const f32, b: *const f32, c: *mut f32| unsafe {
+            matrixmultiply::sgemm(m, k, n, 1.0, a, ra, ca, b, rb, cb, beta, c, n as isize, 1)
+        };
         for &[a, b, c] in operands {
-            let (a, b, c) = (a as *const f32, b as *const f32, c as *mut f32);
-            // SAFETY: the caller's promise
-            unsafe { matrixmultiply::sgemm(m, k, n, 1.0, a, ra, ca, b, rb, cb, beta, c, n as isize, 1) }
+            match element {
+                Type::F32 => product(a as *const f32, b as *const f32, c as *mut f32),
+                Type::Bf16 => {
+                    // SAFETY: the caller's promise, and any bits are a Bf16; A and B may be one, C is neither
+                    let (a, b, c) = unsafe {
+                        let slice = std::slice::from_raw_parts::<Bf16>;
+                        let (a, b) = (slice(a as *const _, m * k), slice(b as *const _, k * n));
+                        (a, b, std::slice::from_raw_parts_mut(c as *mut Bf16, m * n))
+                    };
+                    let wide = |x: &[Bf16]| -> Vec<f32> { x.iter().map(|&x| x.into()).collect() };
+                    let (a, b, mut sum) = (wide(a), wide(b), wide(c));
+                    product(a.as_ptr(), b.as_ptr(), sum.as_mut_ptr());
+                    c.iter_mut().zip(sum).for_each(|(c, sum)| *c = sum.into());
+                }
+            }
         }
     }
 

@@ -4,9 +4,8 @@
 //! proven in certificate.rs. Letters: as in spectron.rs; u the unit roundoff of the element type, r the rank.
 
 use super::momentum::factors;
-use super::orthogonaliser::unit_roundoff;
 use super::{FactorPair, Radius, SpectronConfig, spectral_norm_upper_bound};
-use crate::tensor::{Backend, Scalar, Tensor};
+use crate::tensor::{Backend, Element, Tensor};
 
 /// Steps between fresh certificates of one factor. In between, a bound grows by at most ρ per step: at ρ = 0.01·σ, 8 % in 8.
 pub const CERTIFICATE_EVERY: u64 = 8;
@@ -25,7 +24,7 @@ impl<B: Backend> Certified<B> {
     pub fn new(config: SpectronConfig, pairs: &[FactorPair<B>]) -> Self {
         let (how, bound) = (config.orthogonaliser, config.orthogonaliser.norm_bound());
         assert!(bound <= 100.0, "spectron: certify, but {how:?} can reach a norm of {bound:e}");
-        let rounding = how.rounding(unit_roundoff::<B>(), 1);
+        let rounding = how.rounding(B::Elem::UNIT_ROUNDOFF, 1);
         assert!(rounding <= 0.1, "spectron: certify, but rounding can move {how:?} by {rounding:e}");
         Self { config, bounds: factors(pairs).iter().map(|x| Tensor::zeros(x.device(), [1])).collect() }
     }
@@ -58,7 +57,7 @@ impl<B: Backend> Certified<B> {
     /// The stored result cannot be exact: 4u(‖A‖_F + ρ√r) pays for its rounding, ‖A‖_F ≤ √r·σ(A). A factor whose ρ is less than
     /// that stays where it is.
     pub fn move_within(&mut self, i: usize, x: &mut Tensor<B>, o: &Tensor<B>, rho: f64, shrink: f64) {
-        let (u, r, bound) = (unit_roundoff::<B>(), x.rows().min(x.cols()), self.bounds[i].item());
+        let (u, r, bound) = (B::Elem::UNIT_ROUNDOFF, x.rows().min(x.cols()), self.bounds[i].item());
         let reach = rho - 4.0 * u * (r as f64).sqrt() * (bound + rho);
         if reach > 0.0 {
             let how = self.config.orthogonaliser;
@@ -70,7 +69,7 @@ impl<B: Backend> Certified<B> {
     /// Stores a bound, rounded up.
     fn set_bound(&mut self, i: usize, bound: f64) {
         let device = self.bounds[i].device().clone();
-        let up = B::Elem::of(bound * (1.0 + 4.0 * unit_roundoff::<B>()));
+        let up = B::Elem::of(bound * (1.0 + 4.0 * B::Elem::UNIT_ROUNDOFF));
         self.bounds[i] = Tensor::from_vec(&device, [1], vec![up]); // [1]
     }
 }

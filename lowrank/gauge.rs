@@ -4,10 +4,9 @@
 //! one gauge of the family. Letters: W = A·Bᵀ, A [m, r], B [n, r]; S [r, r] the change of gauge, A' = A·S, B' = B·S⁻ᵀ.
 
 use super::FactorPair;
-use super::orthogonaliser::unit_roundoff;
 use super::pair::{from_nalgebra, to_nalgebra};
 use super::svd::svd;
-use crate::tensor::{Backend, Tensor};
+use crate::tensor::{Backend, Element, Tensor};
 use nalgebra::{DMatrix, DVector};
 
 /// A balanced pair and the way to it.
@@ -31,7 +30,7 @@ impl<B: Backend> Balanced<B> {
         let qr = |x: &Tensor<B>| to_nalgebra(x).qr().unpack();
         let ((qa, ra), (qb, rb)) = (qr(&pair.a), qr(&pair.b));
         let (u, sigma, v) = svd(&(&ra * rb.transpose()));
-        if sigma[r - 1] <= m.max(n) as f64 * 2.0 * unit_roundoff::<B>() * sigma[0] {
+        if sigma[r - 1] <= m.max(n) as f64 * 2.0 * B::Elem::UNIT_ROUNDOFF * sigma[0] {
             return None;
         }
         let root = DVector::from_vec(sigma).map(f64::sqrt);

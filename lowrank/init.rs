@@ -4,7 +4,7 @@
 //! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values; std the standard deviation of an ordinary dense initialisation.
 
 use super::FactorPair;
-use crate::tensor::{Backend, Scalar, Tensor};
+use crate::tensor::{Backend, Element, Tensor};
 use rand::Rng;
 use rand_distr::{ChiSquared, Distribution, StandardNormal};
 

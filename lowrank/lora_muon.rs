@@ -5,7 +5,7 @@
 use super::momentum::{each_shape, factors, factors_mut, momentum, named};
 use super::optimizer::{Rule, State};
 use super::{FactorPair, Orthogonaliser};
-use crate::tensor::{Backend, Scalar, Tensor};
+use crate::tensor::{Backend, Element, Tensor};
 use nalgebra::{DMatrix, SymmetricEigen};
 use rayon::prelude::*;
 

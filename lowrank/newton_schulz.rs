@@ -7,7 +7,7 @@
 
 use super::quintic::{bounds, groups, odd_quintic};
 use super::spectral::unit;
-use crate::tensor::{Accum, Backend, Mat, Scalar, Tensor, items_per_task, same_shape};
+use crate::tensor::{Accum, Backend, Element, Mat, Tensor, items_per_task, same_shape};
 use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².

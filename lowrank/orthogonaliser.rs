@@ -8,7 +8,7 @@ use super::pair::{from_nalgebra, to_nalgebra};
 use super::quintic::{bounds, flops, odd_quintic};
 use super::svd::svd;
 use super::{NewtonSchulz, Space};
-use crate::tensor::{Backend, Scalar, Tensor, same_shape};
+use crate::tensor::{Backend, Tensor, same_shape};
 use rayon::prelude::*;
 
 /// How M becomes O.
@@ -132,9 +132,4 @@ fn polar_factors<B: Backend>(batch: &[&Tensor<B>]) -> Vec<Tensor<B>> {
         from_nalgebra(m.device(), &(u * v.transpose())) // [p, q]
     };
     batch.par_iter().map(one).collect()
-}
-
-/// The unit roundoff of a backend's elements.
-pub(super) fn unit_roundoff<B: Backend>() -> f64 {
-    0.5 * <B::Elem as num_traits::Float>::epsilon().f64()
 }

@@ -3,7 +3,7 @@
 //! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64, on nalgebra matrices.
 
 use super::svd::svd;
-use crate::tensor::{Backend, Scalar, Tensor};
+use crate::tensor::{Backend, Element, Tensor};
 use nalgebra::{DMatrix, DVector};
 
 /// A factor pair: the m×n matrix W = A·Bᵀ of rank at most r. Its gradient, and its momentum, are factor pairs too.

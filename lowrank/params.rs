@@ -199,3 +199,29 @@ impl<'t, B: Backend> Index<Dense> for ParamVars<'t, B> {
         &self.dense[handle.0]
     }
 }
+
+// ---- in another precision
+
+impl<B: Backend> Values<B> {
+    /// [`Tensor::cast`] of every tensor.
+    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Values<C> {
+        let cast = |x: &Tensor<B>| x.cast(device); // like x
+        Values {
+            pairs: self.pairs.iter().map(|p| FactorPair { a: cast(&p.a), b: cast(&p.b) }).collect(),
+            hidden: self.hidden.iter().map(cast).collect(),
+            dense: self.dense.iter().map(cast).collect(),
+        }
+    }
+}
+
+impl<B: Backend> Params<B> {
+    /// [`Tensor::cast`] of every parameter.
+    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Params<C> {
+        Params {
+            values: self.values.cast(device),
+            pair_names: self.pair_names.clone(),
+            hidden_names: self.hidden_names.clone(),
+            dense_names: self.dense_names.clone(),
+        }
+    }
+}

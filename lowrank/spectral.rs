@@ -2,7 +2,7 @@
 //!
 //! An estimate from below, always; bounds from above, with proof, are in certificate.rs. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
-use crate::tensor::{Backend, Scalar, Tensor, items_per_task, product_shape};
+use crate::tensor::{Backend, Element, Tensor, items_per_task, product_shape};
 use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times

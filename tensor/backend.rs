@@ -4,14 +4,17 @@
 //! vector-Jacobian product of the method above it: given the gradient of the output, it returns that of the inputs.
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
-use super::{Scalar, Shape, Tensor};
+use super::{Element, Scalar, Shape, Tensor};
 
 /// A device and an element type, e.g. [`Cpu<f32>`](super::Cpu).
 pub trait Backend: Clone + Send + Sync + 'static {
     /// Element type as the host sees it.
-    type Elem: Scalar;
+    type Elem: Element;
     /// A contiguous run of elements on the device.
     type Buffer: Clone + Send + Sync;
+    /// The same device computing in at least f32: for what must not be rounded to fewer bits, which are statistics of rows,
+    /// losses, and weights in training. Itself, if it does.
+    type Wide: Backend<Wide = Self::Wide>;
     /// A chain of batched products is run on so many bytes of the batch at a time; unlimited where a batch is one launch.
     const WORKING_SET: usize = usize::MAX;
 
@@ -23,6 +26,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn scratch(&self, len: usize) -> Self::Buffer;
     /// `len` copies of `value`.
     fn filled(&self, len: usize, value: f64) -> Self::Buffer;
+    /// This device as `Wide`.
+    fn wide(&self) -> Self::Wide;
+    /// The same elements in `Wide`; no copy where that is `Self`.
+    fn widen(x: &Tensor<Self>) -> Tensor<Self::Wide>;
+    /// Rounds to this backend's elements; no copy where they are `Wide`'s.
+    fn narrow(&self, x: &Tensor<Self::Wide>) -> Tensor<Self>;
     /// Waits until everything asked for so far is done. Only measurements of time need it.
     fn sync(&self);
 
@@ -54,21 +63,26 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn softmax(x: &Tensor<Self>) -> Tensor<Self>;
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
     /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms \[n\].
-    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2];
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Self::Wide>);
     /// (dx, dg).
     fn rms_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
-        inv_rms: &Tensor<Self>,
+        inv_rms: &Tensor<Self::Wide>,
         dy: &Tensor<Self>,
     ) -> [Tensor<Self>; 2];
     /// `y = g ∘ (x − mean)/std + b` per row, std = √(var + eps); also returns mean and 1/std side by side [n, 2].
-    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2];
+    fn layer_norm(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        b: &Tensor<Self>,
+        eps: f64,
+    ) -> (Tensor<Self>, Tensor<Self::Wide>);
     /// (dx, dg, db).
     fn layer_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
-        stats: &Tensor<Self>,
+        stats: &Tensor<Self::Wide>,
         dy: &Tensor<Self>,
     ) -> [Tensor<Self>; 3];
     /// `silu(gate) ∘ up`, silu(x) = x / (1 + e⁻ˣ).
@@ -82,20 +96,30 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn embedding_grad(shape: Shape, ids: &[u32], dy: &Tensor<Self>) -> Tensor<Self>;
     /// Rotates the pairs (i, i + h/2) of each head of size h by the angle whose cosine and sine stand at columns i and
     /// i + h/2 of row `offset + (row mod len)` of `table` [positions, h]. `inverse` turns the other way: that is the gradient.
-    fn rope(x: &Tensor<Self>, table: &Tensor<Self>, len: usize, offset: usize, inverse: bool)
-    -> Tensor<Self>;
+    fn rope(
+        x: &Tensor<Self>,
+        table: &Tensor<Self::Wide>,
+        len: usize,
+        offset: usize,
+        inverse: bool,
+    ) -> Tensor<Self>;
     /// Softmax attention; returns the output [like q] and the log-sum-exp of each query's scores [batch, heads, q_len].
-    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2];
+    fn attention(
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        how: Attention,
+    ) -> (Tensor<Self>, Tensor<Self::Wide>);
     /// (dq, dk, dv), from the output `o` and the log-sum-exp; the probabilities are recomputed.
     fn attention_grad(
         qkv: [&Tensor<Self>; 3],
         o: &Tensor<Self>,
-        lse: &Tensor<Self>,
+        lse: &Tensor<Self::Wide>,
         dout: &Tensor<Self>,
         how: Attention,
     ) -> [Tensor<Self>; 3];
     /// Mean over the rows of −log softmax(logits)\[target\] \[1\], and its gradient with respect to the logits [n, v].
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2];
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Self::Wide>, Tensor<Self>);
 
     /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.
     fn adamw(

@@ -14,7 +14,7 @@ pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
 pub(crate) use backend::{items_per_task, product_shape};
 pub use cpu::Cpu;
 pub(crate) use cpu::simd;
-pub use scalar::Scalar;
+pub use scalar::{Bf16, Element, Scalar};
 pub use shape::Shape;
 
 use std::{fmt, sync::Arc};
@@ -124,7 +124,7 @@ impl<B: Backend> Tensor<B> {
 
     /// The elements on the host as f64, row-major.
     pub fn to_f64(&self) -> Vec<f64> {
-        self.to_vec().into_iter().map(Scalar::f64).collect()
+        self.to_vec().into_iter().map(Element::f64).collect()
     }
 
     /// The only element, as f64.
@@ -135,6 +135,11 @@ impl<B: Backend> Tensor<B> {
     pub fn item(&self) -> f64 {
         assert!(self.len() == 1, "item: {} has {} elements", self.shape, self.len());
         self.to_vec()[0].f64()
+    }
+
+    /// The same elements on a device with another precision, rounded if it has a smaller one; the same tensor if it has this one.
+    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Tensor<C> {
+        device.narrow(&B::widen(self)) // like self
     }
 
     /// The same elements under another shape, without a copy.

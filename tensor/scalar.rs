@@ -1,15 +1,25 @@
-//! The element types, f32 and f64: arithmetic from num-traits, the matrix product of the CPU, a vectorisable exp.
+//! The element types: what every backend's have in common ([`Element`]), and what the CPU needs of its own, f32 and f64
+//! ([`Scalar`]): arithmetic from num-traits, a matrix product, a vectorisable exp.
+//!
+//! [`Bf16`] is no `Scalar`: the host only converts it. It is our own because that is all that is asked of it, in one rounding
+//! from f64, and a crate for it would bring another.
 
 use super::cpu::{Product, dgemm, sgemm};
 use num_traits::{Float, NumAssign};
-use std::fmt::{Debug, Display};
+use std::fmt::{self, Debug, Display};
 
-/// An element type of the CPU backend.
-pub trait Scalar: Float + NumAssign + Default + Debug + Display + Send + Sync + 'static {
-    /// Rounds an f64 to this type.
+/// An element type of a backend, as the host sees it.
+pub trait Element: Copy + Default + PartialEq + Debug + Display + Send + Sync + 'static {
+    /// The largest relative error of a rounding: half the distance from 1 to the next number.
+    const UNIT_ROUNDOFF: f64;
+    /// Rounds an f64 to this type, to nearest, ties to even.
     fn of(x: f64) -> Self;
     /// Widens to f64.
     fn f64(self) -> f64;
+}
+
+/// An element type of the CPU backend.
+pub trait Scalar: Element + Float + NumAssign {
     /// eˣ without branches or calls, so that loops over it vectorise.
     fn fast_exp(self) -> Self;
     /// The free list that buffers of this type return to.
@@ -24,7 +34,8 @@ pub trait Scalar: Float + NumAssign + Default + Debug + Display + Send + Sync + 
 
 macro_rules! scalar {
     ($t:ident, $gemm:ident, $exp:expr) => {
-        impl Scalar for $t {
+        impl Element for $t {
+            const UNIT_ROUNDOFF: f64 = $t::EPSILON as f64 / 2.0;
             #[inline(always)]
             fn of(x: f64) -> Self {
                 x as $t
@@ -33,6 +44,8 @@ macro_rules! scalar {
             fn f64(self) -> f64 {
                 self as f64
             }
+        }
+        impl Scalar for $t {
             #[inline(always)]
             fn fast_exp(self) -> Self {
                 $exp(self)
@@ -51,6 +64,69 @@ macro_rules! scalar {
 
 scalar!(f32, sgemm, exp_f32);
 scalar!(f64, dgemm, f64::exp);
+
+/// The upper half of an f32: its sign, its 8 bits of exponent and so its range, and 8 significant bits.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub struct Bf16(u16);
+
+impl Bf16 {
+    /// From its bits.
+    pub const fn from_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+    /// Its bits.
+    pub const fn to_bits(self) -> u16 {
+        self.0
+    }
+}
+
+impl From<f32> for Bf16 {
+    /// To nearest, ties to even; a NaN to the one that GPUs make of it.
+    fn from(x: f32) -> Self {
+        let bits = x.to_bits();
+        let odd = (bits >> 16) & 1; // a tie goes up only where that makes the result even; a carry into the exponent is right
+        if x.is_nan() { Self(0x7fff) } else { Self(((bits + 0x7fff + odd) >> 16) as u16) }
+    }
+}
+
+impl From<Bf16> for f32 {
+    fn from(x: Bf16) -> f32 {
+        f32::from_bits(u32::from(x.0) << 16)
+    }
+}
+
+impl Element for Bf16 {
+    const UNIT_ROUNDOFF: f64 = 1.0 / 256.0;
+    fn of(x: f64) -> Self {
+        // Through f32 by rounding to odd (towards zero, and the last bit says whether something was lost): what is no tie of
+        // bf16's then does not become one, and two roundings are as good as one.
+        let near = x as f32;
+        let beyond = f64::from(near).abs() > x.abs();
+        let lost = f64::from(near) != x;
+        Self::from(f32::from_bits((near.to_bits() - u32::from(beyond)) | u32::from(lost)))
+    }
+    fn f64(self) -> f64 {
+        f32::from(self).into()
+    }
+}
+
+impl PartialEq for Bf16 {
+    /// As numbers: 0 = −0, and NaN is not itself.
+    fn eq(&self, other: &Self) -> bool {
+        f32::from(*self) == f32::from(*other)
+    }
+}
+impl Debug for Bf16 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Debug::fmt(&f32::from(*self), f)
+    }
+}
+impl Display for Bf16 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Display::fmt(&f32::from(*self), f)
+    }
+}
 
 /// eˣ in f32 within 2 ulp on [−87.3, 88.7]; below it goes to 0, above to infinity; NaN stays NaN.
 ///
@@ -79,6 +155,44 @@ fn exp_f32(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_bf16_comes_back_from_f32_and_f64() {
+        for bits in 0..=u16::MAX {
+            let x = Bf16::from_bits(bits);
+            if x.f64().is_nan() {
+                assert!(bits & 0x7fff > 0x7f80 && f32::from(Bf16::of(x.f64())).is_nan());
+                continue;
+            }
+            assert_eq!([Bf16::from(f32::from(x)).to_bits(), Bf16::of(x.f64()).to_bits()], [bits; 2]);
+        }
+    }
+
+    /// Half way between neighbours, beside it by the least that f32 has, and by the least that f64 has.
+    #[test]
+    fn bf16_is_rounded_to_nearest_and_ties_to_even() {
+        for bits in 0..0x7f80u16 {
+            let (low, high) = (bits, bits + 1); // 0x7f80 is infinity: what lies half way to it, or beyond, is rounded to it
+            let even = if low % 2 == 0 { low } else { high };
+            let middle = f32::from_bits((u32::from(low) << 16) | 0x8000);
+            for sign in [1.0, -1.0] {
+                let negative = if sign < 0.0 { 0x8000 } else { 0 };
+                let cases = [(middle.next_down(), low), (middle, even), (middle.next_up(), high)];
+                for (x, want) in cases {
+                    let got = [Bf16::from(sign * x), Bf16::of(f64::from(sign * x))].map(Bf16::to_bits);
+                    assert_eq!(got, [want | negative; 2], "{x:e}");
+                }
+                let middle = f64::from(middle);
+                for (x, want) in [(middle.next_down(), low), (middle.next_up(), high)] {
+                    assert_eq!(Bf16::of(f64::from(sign) * x).to_bits(), want | negative, "{x:e}");
+                }
+            }
+        }
+        assert_eq!(Bf16::of(1e300).to_bits(), 0x7f80);
+        assert_eq!(Bf16::of(1e-300).to_bits(), 0);
+        assert_eq!(1.0 + Bf16::UNIT_ROUNDOFF, f64::from(f32::from_bits(0x3f80_8000)));
+        assert_eq!(format!("{} {:?}", Bf16::of(1.5), Bf16::of(-2.0)), "1.5 -2.0");
+    }
 
     #[test]
     fn exp_is_within_2_ulp_of_f64() {

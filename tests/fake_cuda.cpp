@@ -4,6 +4,22 @@
 
 #include <mutex>
 
+// C ← alpha·op(A)·op(B) + beta·C, what cuBLAS computes below.
+template <class T>
+static int gemm(bool ta, bool tb, int m, int n, int k, const float* alpha, const T* a, int lda, const T* b, int ldb, const float* beta,
+                T* c, int ldc) {
+    if (m < 1 || n < 1 || k < 1 || lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m) return 7;
+    for (int j = 0; j < n; j++) {
+        for (int i = 0; i < m; i++) {
+            float sum = 0;
+            for (int l = 0; l < k; l++) sum += a[ta ? l + i * lda : i + l * lda] * b[tb ? j + l * ldb : l + j * ldb];
+            T& out = c[i + j * ldc];
+            out = *beta == 0 ? *alpha * sum : *alpha * sum + *beta * out;
+        }
+    }
+    return 0;
+}
+
 extern "C" {
 
 // ---- libcuda; 0 is success, 1 an invalid value, 2 out of memory, 201 no context
@@ -95,23 +111,17 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
 int cublasCreate_v2(const void** handle) { return *handle = "handle", 0; }
 int cublasDestroy_v2(const void*) { return 0; }
 int cublasSetStream_v2(const void*, const void* stream) { return stream != STREAM; }
-int cublasGemmEx(const void*, int opa, int opb, int m, int n, int k, const float* alpha, const float* a, int at, int lda, const float* b,
-                 int bt, int ldb, const float* beta, float* c, int ct, int ldc, int compute, int) {
+int cublasSetMathMode(const void*, int mode) { return mode != 16; } // no sum of bf16 products in bf16
+int cublasGemmEx(const void*, int opa, int opb, int m, int n, int k, const float* alpha, const void* a, int at, int lda, const void* b,
+                 int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int) {
     const bool ta = opa == 1, tb = opb == 1;
-    if (at || bt || ct || compute != 68 || m < 1 || n < 1 || k < 1) return 7; // CUDA_R_32F is 0, CUBLAS_COMPUTE_32F 68
-    if (lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m) return 7;
-    for (int j = 0; j < n; j++) {
-        for (int i = 0; i < m; i++) {
-            float sum = 0;
-            for (int l = 0; l < k; l++) sum += a[ta ? l + i * lda : i + l * lda] * b[tb ? j + l * ldb : l + j * ldb];
-            float& out = c[i + j * ldc];
-            out = *beta == 0 ? *alpha * sum : *alpha * sum + *beta * out;
-        }
-    }
-    return 0;
+    if (at != bt || at != ct || compute != 68) return 7; // CUDA_R_32F is 0, CUDA_R_16BF 14, CUBLAS_COMPUTE_32F 68
+    if (at == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, lda, (const float*)b, ldb, beta, (float*)c, ldc);
+    if (at == 14) return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, lda, (const Bf16*)b, ldb, beta, (Bf16*)c, ldc);
+    return 7;
 }
-int cublasGemmBatchedEx(const void* handle, int opa, int opb, int m, int n, int k, const float* alpha, const float* const* a, int at,
-                        int lda, const float* const* b, int bt, int ldb, const float* beta, float* const* c, int ct, int ldc, int count,
+int cublasGemmBatchedEx(const void* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
+                        int lda, const void* const* b, int bt, int ldb, const float* beta, void* const* c, int ct, int ldc, int count,
                         int compute, int algorithm) {
     int code = 0;
     for (int i = 0; i < count; i++)

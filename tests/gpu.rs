@@ -6,14 +6,16 @@
 
 mod common;
 
-use common::{bits, gpu, rng, skip_without_compiler};
+use common::{gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
-use rankgrad::gpu::{Cuda, Simulator, kernels};
+#[cfg(feature = "cuda")]
+use rankgrad::gpu::executor::Type;
+use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 use rankgrad::lowrank::{FactorPair, Optimizer, Params};
 #[cfg(feature = "cuda")]
 use rankgrad::tensor::Mat;
-use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Binary, Cpu, Scalar, Tensor, Unary};
+use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Cpu, Element, Tensor, Unary};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,11 +23,15 @@ use std::sync::Arc;
 /// Half the distance from 1 to the next f32.
 const UNIT: f64 = f32::EPSILON as f64 / 2.0;
 
-/// N(0, 1), the same values on every backend.
-fn draw<B: Backend>(device: &B, seed: u64, shape: &[usize]) -> Tensor<B> {
+/// N(0, 1), the same values on every backend that holds those of E.
+fn draw_in<E: Element, B: Backend>(device: &B, seed: u64, shape: &[usize]) -> Tensor<B> {
     let mut rng = rng(seed);
     let mut one = || -> f64 { StandardNormal.sample(&mut rng) };
-    Tensor::from_fn(device, shape, |_| B::Elem::of(f64::from(one() as f32))) // shape
+    Tensor::from_fn(device, shape, |_| B::Elem::of(E::of(one()).f64())) // shape
+}
+
+fn draw<B: Backend>(device: &B, seed: u64, shape: &[usize]) -> Tensor<B> {
+    draw_in::<f32, B>(device, seed, shape)
 }
 
 /// ‖x − y‖/‖y‖; infinite for NaN.
@@ -42,9 +48,9 @@ fn attention<B: Backend>(device: &B, [tq, tk, h]: [usize; 3], how: Attention) ->
     let k = draw(device, 2, &[batch * tk, kv_heads * h]); // [batch·tk, kv_heads·h]
     let v = draw(device, 3, &[batch * tk, kv_heads * h]); // [batch·tk, kv_heads·h]
     let dout = draw(device, 4, &[batch * tq, heads * h]); // [batch·tq, heads·h]
-    let [o, lse] = B::attention(&q, &k, &v, how); // [batch·tq, heads·h], [batch, heads, tq]
-    let grads = B::attention_grad([&q, &k, &v], &o, &lse, &dout, how); // like q, k, v
-    [o, lse].iter().chain(&grads).map(Tensor::to_f64).collect()
+    let (o, lse) = B::attention(&q, &k, &v, how); // [batch·tq, heads·h], [batch, heads, tq]
+    let [dq, dk, dv] = B::attention_grad([&q, &k, &v], &o, &lse, &dout, how); // like q, k, v
+    vec![o.to_f64(), lse.to_f64(), dq.to_f64(), dk.to_f64(), dv.to_f64()]
 }
 
 #[test]
@@ -183,23 +189,47 @@ fn spectron_steps_agree_with_the_cpu() {
     }
 }
 
+/// Every bf16 widened, and what lies half way between two, or beside that, narrowed: the bits that the host makes of it.
+#[test]
+fn kernels_round_to_bf16_as_the_host_does() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.with_elements::<Bf16>();
+    let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
+    let all: Vec<Bf16> = (0..=u16::MAX).map(Bf16::from_bits).collect();
+    let widened = Cuda::widen(&Tensor::from_vec(&device, [all.len()], all.clone())); // [65536]
+    let all: Vec<f32> = all.into_iter().map(f32::from).collect();
+    assert!(bits(&widened.to_vec()) == bits(&all));
+    let near = |x: &f32| [0x7fff, 0x8000, 0x8001].map(|low| f32::from_bits(x.to_bits() | low));
+    let near: Vec<f32> = all.iter().flat_map(near).chain(all.iter().copied()).collect();
+    let narrowed = device.narrow(&Tensor::from_vec(&gpu, [near.len()], near.clone())); // [4·65536]
+    let wanted = near.into_iter().map(|x| Bf16::from(x).to_bits());
+    assert!(narrowed.to_vec().into_iter().map(Bf16::to_bits).eq(wanted));
+}
+
 /// Other schedules of the threads, the same bits.
 #[test]
 fn the_order_of_threads_does_not_matter() {
-    let Some(gpu) = gpu() else { return };
-    let first = workload(&gpu);
-    for _ in 0..4 {
-        assert!(workload(&gpu).iter().map(bits).eq(first.iter().map(bits)));
+    fn same<B: Backend>(device: &B) {
+        let bits =
+            || -> Vec<u64> { workload::<f32, B>(device).concat().iter().map(|x| x.to_bits()).collect() };
+        let first = bits();
+        for _ in 0..4 {
+            assert!(bits() == first);
+        }
     }
+    let Some(gpu) = gpu() else { return };
+    same(&gpu);
+    same(&gpu.with_elements::<Bf16>());
 }
 
-/// Every kernel, at sizes at which its loops go round more than once.
-fn workload<B: Backend>(device: &B) -> Vec<Tensor<B>> {
+/// Every kernel, at sizes at which its loops go round more than once, on inputs that E holds.
+fn workload<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
+    let draw = draw_in::<E, B>;
     let (n, d) = (70, 300); // more rows than a tile, more columns than threads
     let (x, y, dy) = (draw(device, 1, &[n, d]), draw(device, 2, &[n, d]), draw(device, 3, &[n, d])); // [n, d]
     let (g, b) = (draw(device, 4, &[d]), draw(device, 5, &[d])); // [d]
     let ids: Vec<u32> = (0..n as u32).map(|i| (i * i) % 23).collect();
-    let mut out = vec![];
+    let (mut out, mut wide) = (vec![], vec![]);
     for f in [Unary::Exp, Unary::Tanh, Unary::Relu, Unary::Silu] {
         out.extend([B::unary(f, &x), B::unary_grad(f, &x, &dy)]);
     }
@@ -208,16 +238,20 @@ fn workload<B: Backend>(device: &B) -> Vec<Tensor<B>> {
     out.extend([B::add_row(&x, &b), B::swiglu(&x, &y), B::softmax(&x)]);
     out.extend(B::swiglu_grad(&x, &y, &dy));
     out.push(B::softmax_grad(&B::softmax(&x), &dy));
-    let [normed, inv_rms] = B::rms_norm(&x, &g, 1e-5);
+    let (normed, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [n, d], [n]
     out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy));
-    out.extend([normed, inv_rms]);
-    let [normed, stats] = B::layer_norm(&x, &g, &b, 1e-5);
+    out.push(normed);
+    wide.push(inv_rms);
+    let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
     out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
-    out.extend([normed, stats]);
-    out.extend(B::cross_entropy(&x, &ids));
+    out.push(normed);
+    wide.push(stats);
+    let (loss, dx) = B::cross_entropy(&x, &ids); // [1], [n, d]
+    out.push(dx);
+    wide.push(loss);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
     out.push(B::sum_rows(&draw(device, 6, &[600, 40])));
-    let rope = Rope::new(device, 40, 10, 10_000.0);
+    let rope = Rope::new(&device.wide(), 40, 10, 10_000.0);
     let tape = Tape::new(device);
     out.push(tape.constant(&x).rope(&rope, 35, 5).value());
     let mut z = y.clone();
@@ -238,33 +272,34 @@ fn workload<B: Backend>(device: &B) -> Vec<Tensor<B>> {
         let how = Attention { batch: 1, heads: 2, kv_heads: 1, causal };
         let q = draw(device, 7, &[70, 2 * h]); // [tq, 2·h]
         let (k, v) = (draw(device, 8, &[97, h]), draw(device, 9, &[97, h])); // [tk, h]
-        let [o, lse] = B::attention(&q, &k, &v, how); // [tq, 2·h], [1, 2, tq]
+        let (o, lse) = B::attention(&q, &k, &v, how); // [tq, 2·h], [1, 2, tq]
         out.extend(B::attention_grad([&q, &k, &v], &o, &lse, &q, how)); // like q, k, v
-        out.extend([o, lse]);
+        out.push(o);
+        wide.push(lse);
     }
-    out.push(Tensor::full(device, [1], x.norm() + B::sum(&x))); // [1]
-    out
+    wide.extend([B::widen(&x), B::widen(&x).cast::<B>(device).cast(&device.wide())]);
+    let values = out.iter().map(Tensor::to_f64).chain(wide.iter().map(Tensor::to_f64));
+    values.chain([vec![x.norm(), B::sum(&x)]]).collect()
 }
 
-/// Whether the workload, so many times and under as many schedules, is right to f32's rounding.
-fn is_right(device: &Cuda<f32>, exact: &[Tensor<Cpu<f64>>], times: usize) -> bool {
-    let once = || {
-        let close = |(x, exact): (&Tensor<_>, &Tensor<_>)| distance(&x.to_f64(), &exact.to_f64()) < 1e-5;
-        workload(device).iter().zip(exact).all(close)
-    };
+/// Whether the workload, so many times and under as many schedules, is right to the rounding of T.
+fn is_right<T: OnGpu>(device: &Cuda<f32>, times: usize) -> bool {
+    let (device, exact) = (device.with_elements::<T>(), workload::<T, _>(&Cpu::<f64>::default()));
+    let allowed = 100.0 * T::UNIT_ROUNDOFF;
+    let once = || workload::<T, _>(&device).iter().zip(&exact).all(|(x, exact)| distance(x, exact) < allowed);
     (0..times).all(|_| catch_unwind(AssertUnwindSafe(once)).unwrap_or(false)) // the simulator panics at what it sees
 }
 
 #[test]
 fn planted_bugs_are_found() {
-    let exact = workload(&Cpu::default());
     let run = |source: &str| {
         let opened = skip_without_compiler(Simulator::with(source, &["-O1"]))?;
-        Some(is_right(&Cuda::on(Arc::new(opened)), &exact, 5))
+        let device = Cuda::on(Arc::new(opened));
+        Some([is_right::<f32>(&device, 5), is_right::<Bf16>(&device, 5)])
     };
     let source = kernels::source();
     let Some(right) = run(&source) else { return };
-    assert!(right, "the kernels as they are");
+    assert_eq!(right, [true; 2], "the kernels as they are");
     let bugs = [
         ("a barrier before the sum is read", "= v;\n    __syncthreads();\n    v = 0;", "= v;\n    v = 0;"),
         ("a barrier after the sum is read", "    __syncthreads(); // the next sum writes `part` again\n", ""),
@@ -297,16 +332,12 @@ fn planted_bugs_are_found() {
             "(first - past) / TILE * TILE",
             "(first - past) / TILE * TILE + TILE",
         ),
-        (
-            "moments in the wrong order",
-            "const float* g, float* m, float* v",
-            "const float* g, float* v, float* m",
-        ),
+        ("moments in the wrong order", "const T* g, T* m, T* v", "const T* g, T* v, T* m"),
         ("length and offset in the wrong order", "u32 h, u32 len, u32 offset", "u32 h, u32 offset, u32 len"),
         (
             "an argument too few",
-            "KERNEL fill(float* y, float value, u64 n) {",
-            "KERNEL fill(float* y, float value) { u64 n = 1;",
+            "KERNEL(fill)(T* y, float value, u64 n) {",
+            "KERNEL(fill)(T* y, float value) { u64 n = 1;",
         ),
         ("a write beyond the end", "FOR_EACH(i, n) y[i] = value;", "FOR_EACH(i, n + 1) y[i] = value;"),
         ("a read beyond the end", "= g[c] * x[c] * s;", "= g[c + 1] * x[c] * s;"),
@@ -318,8 +349,8 @@ fn planted_bugs_are_found() {
     ];
     bugs.par_iter().for_each(|&(what, from, to)| {
         assert!(source.contains(from), "{what}: the source has changed: {from}");
-        let right = run(&source.replacen(from, to, 1)).expect("it compiled before");
-        assert!(!right, "not found: {what}");
+        let right = run(&source.replace(from, to)).expect("it compiled before");
+        assert_eq!(right, [false; 2], "not found in f32, bf16: {what}");
     });
 }
 
@@ -338,7 +369,9 @@ fn nvrtc_compiles_the_kernels() {
     let ptx = rankgrad::gpu::compile(&source, "compute_80").unwrap();
     let ptx = String::from_utf8_lossy(&ptx);
     for name in kernels::NAMES {
-        assert!(ptx.contains(&format!(".entry {name}(")), "{name}");
+        for name in Type::ALL.map(|element| kernels::name(name, element)) {
+            assert!(ptx.contains(&format!(".entry {name}(")), "{name}");
+        }
     }
     let error = rankgrad::gpu::compile("KERNEL", "sm_90").unwrap_err();
     assert!(error.contains("kernels.cu(1): error"), "{error}");
@@ -381,19 +414,19 @@ fn on_a_fake_driver() {
     let error = Cuda::open(1).unwrap_err().to_string();
     assert_eq!(error, "there is no cuda:1: the devices are 0 to 0");
     let cpu = Cpu::<f64>::default();
-    let exact = workload(&cpu);
     for _ in 0..2 {
         let gpu = Cuda::open(0).unwrap(); // the second time from the cache
         // from several threads: each has to enter the context
-        [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right(&gpu, &exact, times)));
+        [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right::<f32>(&gpu, times)));
+        assert!(is_right::<Bf16>(&gpu, 1));
         for (gpu, exact) in spectron_steps(&gpu).iter().zip(&spectron_steps(&cpu)) {
             assert!(distance(gpu, exact) < 1e-4);
         }
         // every kind of product, alone and in a batch
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
-            let products = |count: usize, k: usize| {
+            let products = |count: usize, k: usize| -> [f64; 2] {
                 let shape = |t: bool, rows, cols| if t { [cols, rows] } else { [rows, cols] };
-                fn run<B: Backend>(
+                fn run<E: Element, B: Backend>(
                     device: &B,
                     count: usize,
                     a: [usize; 2],
@@ -401,7 +434,9 @@ fn on_a_fake_driver() {
                     [ta, tb]: [bool; 2],
                 ) -> Vec<f64> {
                     let draws = |first, shape: [usize; 2]| -> Vec<Tensor<B>> {
-                        (first..first + count).map(|seed| draw(device, seed as u64, &shape)).collect() // shape
+                        (first..first + count)
+                            .map(|seed| draw_in::<E, B>(device, seed as u64, &shape))
+                            .collect() // shape
                     };
                     let (a, b) = (draws(0, a), draws(50, b));
                     let mut c = draws(100, [5, 3]); // [5, 3] each
@@ -415,11 +450,16 @@ fn on_a_fake_driver() {
                     }
                     c.iter().flat_map(Tensor::to_f64).collect()
                 }
-                let (a, b) = (shape(ta, 5, k), shape(tb, k, 3));
-                distance(&run(&gpu, count, a, b, [ta, tb]), &run(&cpu, count, a, b, [ta, tb]))
+                let (a, b, t) = (shape(ta, 5, k), shape(tb, k, 3), [ta, tb]);
+                let in_bf16 = run::<Bf16, _>(&gpu.with_elements::<Bf16>(), count, a, b, t);
+                [
+                    distance(&run::<f32, _>(&gpu, count, a, b, t), &run::<f32, _>(&cpu, count, a, b, t)),
+                    distance(&in_bf16, &run::<Bf16, _>(&cpu, count, a, b, t)),
+                ]
             };
             for (count, k) in [(1, 7), (4, 7), (1, 0), (2, 0)] {
-                assert!(products(count, k) < 1e-6, "{count} products, {k}, {ta} {tb}");
+                let [single, half] = products(count, k);
+                assert!(single < 1e-6 && half < Bf16::UNIT_ROUNDOFF, "{count} products, {k}, {ta} {tb}");
             }
         }
         let too_much =
@@ -437,7 +477,7 @@ fn on_a_fake_driver() {
 fn the_other_way_to_switch_fibers() {
     let opened = Simulator::with(&kernels::source(), &["-DSIMULATOR_UCONTEXT"]);
     let Some(opened) = skip_without_compiler(opened) else { return };
-    assert!(is_right(&Cuda::on(Arc::new(opened)), &workload(&Cpu::default()), 2));
+    assert!(is_right::<f32>(&Cuda::on(Arc::new(opened)), 2));
 }
 
 #[test]

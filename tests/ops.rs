@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape, Var, concat, gradcheck};
 use rankgrad::gpu::Cuda;
-use rankgrad::tensor::{Attention, Backend, Cpu, Scalar, Tensor};
+use rankgrad::tensor::{Attention, Backend, Bf16, Cpu, Element, Tensor};
 use std::collections::BTreeSet;
 
 /// A gradient is right if it agrees with the five-point difference to this, relative (about 1e-10 is usual).
@@ -21,42 +21,45 @@ const GRADIENT: f64 = 1e-6;
 /// f64 against a naive formula in f64: they differ in the order of sums, 1e-16 per term.
 const NAIVE: f64 = 1e-13;
 
-/// How far f32 may be from f64, in multiples of what rounding the inputs to f32 would change (see [`agreement`]).
+/// How far f32, and bf16, may be from f64, in multiples of what rounding the inputs to that type would change (see [`agreement`]).
 ///
-/// A short chain of roundings per element: 4. Sums of K terms add about √K/2 roundings, K at most 16,421/16 in each of 16
+/// f32: a short chain of roundings per element: 4. Sums of K terms add about √K/2 roundings, K at most 16,421/16 in each of 16
 /// lanes: 16. Sums over rows have one lane and K = 5,000 (and the norms cube a rounded 1/rms before that): 32.
+/// bf16: whatever is computed, f32 holds it until it is rounded for the first time, and one rounding is at most one yardstick: 1.
+/// What reads back something rounded rounds twice: 2 (a mean its sum, lowrank_linear x·B, attention's gradient o; that of cross_entropy
+/// is rounded before it is multiplied by dy). Softmax's gradient reads back y, which rounded does not sum to 1: as in f32.
 /// `cancels`: the gradient can be a small difference of terms as large as dy (1 − tanh², p − 1, dy − mean), so dy's own
 /// rounding is allowed for too.
-const TOLERANCES: &[(&str, f64, bool)] = &[
-    ("add", 4.0, false),
-    ("sub", 4.0, false),
-    ("mul", 4.0, false),
-    ("scale", 4.0, false),
-    ("exp", 4.0, false),
-    ("log", 4.0, false),
-    ("tanh", 4.0, true),
-    ("relu", 4.0, false),
-    ("silu", 4.0, true),
-    ("swiglu", 4.0, true),
-    ("reshape", 4.0, false),
-    ("slice", 4.0, false),
-    ("concat", 4.0, false),
-    ("rope", 4.0, false),
-    ("embedding", 16.0, false),
-    ("sum", 16.0, false),
-    ("mean", 16.0, false),
-    ("add_bias", 32.0, false),
-    ("matmul", 16.0, false),
-    ("matmul_nt", 16.0, false),
-    ("matmul_tn", 16.0, false),
-    ("matmul_tt", 16.0, false),
-    ("linear", 16.0, false),
-    ("lowrank_linear", 16.0, false),
-    ("softmax", 16.0, false),
-    ("rms_norm", 32.0, true),
-    ("layer_norm", 32.0, true),
-    ("attention", 16.0, true),
-    ("cross_entropy", 16.0, true),
+const TOLERANCES: &[(&str, f64, f64, bool)] = &[
+    ("add", 4.0, 1.0, false),
+    ("sub", 4.0, 1.0, false),
+    ("mul", 4.0, 1.0, false),
+    ("scale", 4.0, 1.0, false),
+    ("exp", 4.0, 1.0, false),
+    ("log", 4.0, 1.0, false),
+    ("tanh", 4.0, 1.0, true),
+    ("relu", 4.0, 1.0, false),
+    ("silu", 4.0, 1.0, true),
+    ("swiglu", 4.0, 1.0, true),
+    ("reshape", 4.0, 1.0, false),
+    ("slice", 4.0, 1.0, false),
+    ("concat", 4.0, 1.0, false),
+    ("rope", 4.0, 1.0, false),
+    ("embedding", 16.0, 1.0, false),
+    ("sum", 16.0, 1.0, false),
+    ("mean", 16.0, 2.0, false),
+    ("add_bias", 32.0, 1.0, false),
+    ("matmul", 16.0, 1.0, false),
+    ("matmul_nt", 16.0, 1.0, false),
+    ("matmul_tn", 16.0, 1.0, false),
+    ("matmul_tt", 16.0, 1.0, false),
+    ("linear", 16.0, 1.0, false),
+    ("lowrank_linear", 16.0, 2.0, false),
+    ("softmax", 16.0, 16.0, false),
+    ("rms_norm", 32.0, 1.0, true),
+    ("layer_norm", 32.0, 1.0, true),
+    ("attention", 16.0, 2.0, true),
+    ("cross_entropy", 16.0, 2.0, true),
 ];
 
 /// The drawn sizes; every row picks those that it needs.
@@ -161,6 +164,7 @@ struct Row {
     in_f64: Expression<Cpu<f64>>,
     in_f32: Expression<Cpu<f32>>,
     on_gpu: Expression<Cuda<f32>>,
+    on_gpu_in_bf16: Expression<Cuda<Bf16>>,
     naive: Option<Naive>,
 }
 
@@ -178,6 +182,7 @@ macro_rules! row {
             in_f64: expression::<Cpu<f64>>,
             in_f32: expression::<Cpu<f32>>,
             on_gpu: expression::<Cuda<f32>>,
+            on_gpu_in_bf16: expression::<Cuda<Bf16>>,
             naive: None,
         }
     }};
@@ -228,7 +233,7 @@ fn table() -> Vec<Row> {
         row!("embedding", |z, x| [[z.v, z.r]] => x[0].embedding(&z.ids(z.n))).naive(naive_embedding),
         row!("cross_entropy", |z, x| [[z.n, z.v]] => x[0].cross_entropy(&z.ids(z.n))).naive(naive_cross_entropy),
         row!("rope", |z, x| [[z.batch * z.tq, z.heads() * z.h()]] => {
-            let rope = Rope::new(x[0].tape().device(), z.tk() + 1, z.h(), 10_000.0);
+            let rope = Rope::new(&x[0].tape().device().wide(), z.tk() + 1, z.h(), 10_000.0);
             x[0].rope(&rope, z.tq, z.past)
         }).naive(naive_rope),
         row!("attention", |z, x| [[z.batch * z.tq, z.heads() * z.h()], [z.batch * z.tk(), z.kv_heads * z.h()],
@@ -387,6 +392,11 @@ impl Host {
 impl Row {
     /// Inputs that f32 holds exactly.
     fn draw(&self, z: &Sizes) -> Vec<Host> {
+        self.draw_in::<f32>(z)
+    }
+
+    /// Inputs that E holds exactly.
+    fn draw_in<E: Element>(&self, z: &Sizes) -> Vec<Host> {
         let mut rng = rng(z.seed);
         let domain = self.domain;
         let mut one = || {
@@ -396,7 +406,7 @@ impl Row {
                 Domain::Positive => 0.2 + x.abs(),
                 Domain::OffZero => x + 0.2f64.copysign(x),
             };
-            f64::from(x as f32)
+            E::of(x).f64()
         };
         let input =
             |shape: Vec<usize>| Host { values: (0..shape.iter().product()).map(|_| one()).collect(), shape };
@@ -439,12 +449,12 @@ fn distance(x: &[f64], y: &[f64]) -> f64 {
 /// The largest distance between `f` on `device` and f64, over the value and each gradient, in multiples of a yardstick:
 /// unit·‖reference‖, plus the change of the f64 reference when each input and dy moves by ± one unit (four draws, root mean
 /// square; no arithmetic in that precision can promise less), plus unit·‖dy‖ for gradients that cancel.
-fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, unit: f64, z: &Sizes) -> f64 {
-    let cpu = Cpu::<f64>::default();
-    let inputs = row.draw(z);
+fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> f64 {
+    let (cpu, unit) = (Cpu::<f64>::default(), B::Elem::UNIT_ROUNDOFF);
+    let inputs = row.draw_in::<B::Elem>(z);
     let mut rng = rng(z.seed ^ 1);
     let mut normal = || -> f64 { StandardNormal.sample(&mut rng) };
-    let weight: Vec<f64> = (0..output_len(row, &inputs, z)).map(|_| f64::from(normal() as f32)).collect();
+    let weight: Vec<f64> = (0..output_len(row, &inputs, z)).map(|_| B::Elem::of(normal()).f64()).collect();
     let reference = evaluate(row.in_f64, &cpu, &inputs, &weight, z);
     let moved: Vec<_> = (0..4)
         .map(|_| {
@@ -457,7 +467,7 @@ fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, unit: f64, z: 
             evaluate(row.in_f64, &cpu, &moved, &weight, z)
         })
         .collect();
-    let (_, _, cancels) = tolerance(row.name);
+    let (.., cancels) = tolerance(row.name);
     let other = evaluate(f, device, &inputs, &weight, z);
     let mut worst = 0.0f64;
     for (kind, outputs) in reference.iter().enumerate() {
@@ -474,7 +484,7 @@ fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, unit: f64, z: 
     worst
 }
 
-fn tolerance(name: &str) -> (&'static str, f64, bool) {
+fn tolerance(name: &str) -> (&'static str, f64, f64, bool) {
     *TOLERANCES.iter().find(|t| t.0 == name).unwrap_or_else(|| panic!("{name} has no line in TOLERANCES"))
 }
 
@@ -490,17 +500,24 @@ fn check_gradient(row: &Row, z: &Sizes) -> f64 {
 }
 
 fn check_f32(row: &Row, z: &Sizes) -> f64 {
-    within_tolerance(row, row.in_f32, &Cpu::default(), z)
+    let (_, allowed, ..) = tolerance(row.name);
+    within_tolerance(row, row.in_f32, &Cpu::default(), allowed, z)
 }
 
 fn check_gpu(row: &Row, z: &Sizes) -> f64 {
-    within_tolerance(row, row.on_gpu, &gpu().expect("the test has asked for it"), z)
+    let (_, allowed, ..) = tolerance(row.name);
+    within_tolerance(row, row.on_gpu, &gpu().expect("the test has asked for it"), allowed, z)
 }
 
-fn within_tolerance<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> f64 {
-    let worst = agreement(row, f, device, f64::from(f32::EPSILON) / 2.0, z);
-    let (name, allowed, _) = tolerance(row.name);
-    assert!(worst <= allowed, "{name}: f32 is {worst:.1} yardsticks from f64, {allowed} are allowed\n{z:?}");
+fn check_gpu_in_bf16(row: &Row, z: &Sizes) -> f64 {
+    let device = gpu().expect("the test has asked for it").with_elements();
+    let (_, _, allowed, _) = tolerance(row.name);
+    within_tolerance(row, row.on_gpu_in_bf16, &device, allowed, z)
+}
+
+fn within_tolerance<B: Backend>(row: &Row, f: Expression<B>, device: &B, allowed: f64, z: &Sizes) -> f64 {
+    let (worst, name) = (agreement(row, f, device, z), row.name);
+    assert!(worst <= allowed, "{name}: {worst:.1} yardsticks from f64, {allowed} are allowed\n{z:?}");
     worst
 }
 
@@ -580,6 +597,13 @@ fn f32_agrees_with_f64() {
 fn the_gpu_agrees_with_f64() {
     if gpu().is_some() {
         property("GPU, yardsticks", 24, check_gpu);
+    }
+}
+
+#[test]
+fn the_gpu_in_bf16_agrees_with_f64() {
+    if gpu().is_some() {
+        property("GPU in bf16, yardsticks", 24, check_gpu_in_bf16);
     }
 }
 

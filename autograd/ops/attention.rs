@@ -4,7 +4,7 @@
 //! memory.
 
 use crate::autograd::Var;
-use crate::tensor::{Attention, Backend, Scalar, Tensor};
+use crate::tensor::{Attention, Backend, Element, Tensor};
 
 impl<'t, B: Backend> Var<'t, B> {
     /// softmax(q·kᵀ/√h)·v for each head of each sequence, self being q [batch·q_len, heads·h]; k and v
@@ -16,7 +16,7 @@ impl<'t, B: Backend> Var<'t, B> {
     pub fn attention(self, k: Self, v: Self, how: Attention) -> Self {
         let (qt, kt, vt) = (self.value(), k.value(), v.value());
         check_attention(&qt, &kt, &vt, how);
-        let [o, lse] = B::attention(&qt, &kt, &vt, how); // [batch·q_len, heads·h], [batch, heads, q_len]
+        let (o, lse) = B::attention(&qt, &kt, &vt, how); // [batch·q_len, heads·h], [batch, heads, q_len]
         let (iq, ik, iv, kept) = (self.id(), k.id(), v.id(), o.clone());
         self.tape().record("attention", &[self, k, v], o, move |dy, grads| {
             let [dq, dk, dv] = B::attention_grad([&qt, &kt, &vt], &kept, &lse, &dy, how); // like q, k, v
@@ -31,7 +31,7 @@ impl<'t, B: Backend> Var<'t, B> {
     /// # Panics
     /// If the head size does not divide the last axis, `len` does not divide the rows, or a position is not in the table.
     #[track_caller]
-    pub fn rope(self, rope: &Rope<B>, len: usize, offset: usize) -> Self {
+    pub fn rope(self, rope: &Rope<B::Wide>, len: usize, offset: usize) -> Self {
         let (x, table) = (self.value(), rope.table.clone());
         let (positions, h) = (table.rows(), table.cols());
         assert!(
@@ -85,7 +85,8 @@ fn check_attention<B: Backend>(q: &Tensor<B>, k: &Tensor<B>, v: &Tensor<B>, how:
 
 /// Cosines and sines of the rotary position embedding (Su et al. 2021, arXiv 2104.09864), computed once for a model.
 ///
-/// The pair (i, i + h/2) turns by position · base^(−2i/h): the "rotate half" order of Llama checkpoints.
+/// The pair (i, i + h/2) turns by position · base^(−2i/h): the "rotate half" order of Llama checkpoints. On a backend that is
+/// its own [`Backend::Wide`]: angles are not rounded to bf16.
 pub struct Rope<B: Backend> {
     /// [positions, h]: cosines in the first half of a row, sines in the second.
     table: Tensor<B>,

@@ -23,7 +23,7 @@ impl<'t, B: Backend> Var<'t, B> {
         let (x, g) = (self.value(), gain.value());
         let (d, gs) = (x.cols(), g.shape());
         assert!(gs.dims() == [d], "rms_norm: {} needs a gain of shape [{d}], not {gs}", x.shape());
-        let [y, inv_rms] = B::rms_norm(&x, &g, eps); // [.., d], [N]
+        let (y, inv_rms) = B::rms_norm(&x, &g, eps); // [.., d], [N]
         let (ix, ig) = (self.id(), gain.id());
         self.tape().record("rms_norm", &[self, gain], y, move |dy, grads| {
             let [dx, dg] = B::rms_norm_grad(&x, &g, &inv_rms, &dy); // [.., d], [d]
@@ -45,7 +45,7 @@ impl<'t, B: Backend> Var<'t, B> {
             "layer_norm: {} needs a gain and a bias of shape [{d}], not {gs} and {bs}",
             x.shape()
         );
-        let [y, stats] = B::layer_norm(&x, &g, &b, eps); // [.., d], [N, 2]
+        let (y, stats) = B::layer_norm(&x, &g, &b, eps); // [.., d], [N, 2]
         let (ix, ig, ib) = (self.id(), gain.id(), bias.id());
         self.tape().record("layer_norm", &[self, gain, bias], y, move |dy, grads| {
             let [dx, dg, db] = B::layer_norm_grad(&x, &g, &stats, &dy); // [.., d], [d], [d]

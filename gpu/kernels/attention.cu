@@ -1,6 +1,6 @@
 // Softmax attention, forward and backward, tile by tile: scores exist for one tile of queries and one of keys at a time. Only the
 // log-sum-exp of each query is kept; the backward recomputes probabilities from it (Dao et al. 2022, arXiv 2205.14135).
-// On the ordinary cores, in f32; not here: tensor cores.
+// On the ordinary cores, in f32 within a tile, whatever T is; not here: tensor cores.
 //
 // Letters: q, o, dout, dq [batch·tq, heads·h]; k, v, dk, dv [batch·tk, kv_heads·h]; lse, delta [batch, heads, tq]; h head size.
 // One block is 4 warps and one tile of 32 rows, which stand still while tiles of 32 rows of the other side pass by. Each warp has
@@ -22,7 +22,7 @@ template <u32 C> struct Tile {
 };
 
 // Rows first … first + 31 of a head whose rows are `stride` apart; zeros from row `end` and from column h on.
-template <u32 C> __device__ void load(float* tile, const float* head, u64 stride, u32 first, u32 end, u32 h) {
+template <u32 C> __device__ void load(float* tile, const T* head, u64 stride, u32 first, u32 end, u32 h) {
     for (u32 row = threadIdx.x / WARP; row < TILE; row += THREADS / WARP) {
         for (u32 c = threadIdx.x % WARP; c < C * WARP; c += WARP) {
             tile[row * Tile<C>::WIDTH + c] = first + row < end && c < h ? head[(first + row) * stride + c] : 0.0f;
@@ -55,7 +55,7 @@ template <u32 C> __device__ void weights_by_rows(float (&sum)[ROWS][C], const fl
 
 // scale·sum[r] to the standing rows of a head, this lane's columns.
 template <u32 C>
-__device__ void store(float* head, u64 stride, u32 first, u32 end, u32 h, const float (&sum)[ROWS][C], const float (&scale)[ROWS]) {
+__device__ void store(T* head, u64 stride, u32 first, u32 end, u32 h, const float (&sum)[ROWS][C], const float (&scale)[ROWS]) {
     for (u32 r = 0; r < ROWS; r++) {
         const u32 row = first + threadIdx.x / WARP * ROWS + r;
         for (u32 j = 0; j < C; j++) {
@@ -73,7 +73,7 @@ __device__ u32 keys_before(u32 end, const Layout& z) { return z.causal ? (end < 
 
 // O = P·V, P = softmax(scale·Q·Kᵀ), the sum of P's row and its maximum carried along. Grid: tiles of queries, heads, batch.
 template <u32 C>
-__device__ void attention(const float* q, const float* k, const float* v, float* o, float* lse, const Layout z) {
+__device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, const Layout z) {
     DYNAMIC_SHARED(shared);
     float *sq = shared, *sk = sq + Tile<C>::SIZE, *sv = sk + Tile<C>::SIZE, *sp = sv + Tile<C>::SIZE;
     const u32 lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * ROWS;
@@ -120,7 +120,7 @@ __device__ void attention(const float* q, const float* k, const float* v, float*
 // ---- backward: dP = dO·Vᵀ, dS = scale·P∘(dP − delta), delta = rowsum(dO∘O); dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO
 
 // One warp for each row of each head; `rows` = batch·tq·heads.
-KERNEL attention_delta(const float* o, const float* dout, float* delta, u64 rows, u32 heads, u32 tq, u32 h) {
+KERNEL(attention_delta)(const T* o, const T* dout, float* delta, u64 rows, u32 heads, u32 tq, u32 h) {
     const u64 i = (u64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; // (sequence·tq + query)·heads + head
     if (i >= rows) return;                                                    // the whole warp
     float sum = 0.0f;
@@ -132,8 +132,8 @@ KERNEL attention_delta(const float* o, const float* dout, float* delta, u64 rows
 
 // Queries stand, keys pass. Grid as above.
 template <u32 C>
-__device__ void attention_dq(const float* q, const float* k, const float* v, const float* dout, const float* lse, const float* delta,
-                             float* dq, const Layout z) {
+__device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,
+                             const Layout z) {
     DYNAMIC_SHARED(shared);
     float *sq = shared, *sd = sq + Tile<C>::SIZE, *sk = sd + Tile<C>::SIZE, *sv = sk + Tile<C>::SIZE, *sp = sv + Tile<C>::SIZE;
     const u32 lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * ROWS;
@@ -171,8 +171,8 @@ __device__ void attention_dq(const float* q, const float* k, const float* v, con
 // Keys stand, queries pass: those of each head of the group in turn, so that dK and dV are summed in a fixed order. Grid: tiles of
 // keys, key/value heads, batch.
 template <u32 C>
-__device__ void attention_dkv(const float* q, const float* k, const float* v, const float* dout, const float* lse, const float* delta,
-                              float* dk, float* dv, const Layout z) {
+__device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,
+                              T* dv, const Layout z) {
     DYNAMIC_SHARED(shared);
     float *sk = shared, *sv = sk + Tile<C>::SIZE, *sq = sv + Tile<C>::SIZE, *sd = sq + Tile<C>::SIZE;
     float *sp = sd + Tile<C>::SIZE, *ss = sp + TILE * TILE;
@@ -215,19 +215,18 @@ __device__ void attention_dkv(const float* q, const float* k, const float* v, co
 }
 
 // The kernels for head sizes up to 32·C.
+#define BOUNDED(name) extern "C" __global__ void __launch_bounds__(THREADS) NAME(name, ELEMENT)
 #define ATTENTION(C)                                                                                                               \
-    KERNEL __launch_bounds__(THREADS) attention_##C(const float* q, const float* k, const float* v, float* o, float* lse, u32 tq,  \
-                                                    u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {             \
+    BOUNDED(attention_##C)(const T* q, const T* k, const T* v, T* o, float* lse, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h,   \
+                           u32 causal, float scale) {                                                                              \
         attention<C>(q, k, v, o, lse, {tq, tk, heads, kv_heads, h, causal, scale});                                                \
     }                                                                                                                              \
-    KERNEL __launch_bounds__(THREADS)                                                                                              \
-        attention_dq_##C(const float* q, const float* k, const float* v, const float* dout, const float* lse, const float* delta,  \
-                         float* dq, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                     \
+    BOUNDED(attention_dq_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,      \
+                              u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                           \
         attention_dq<C>(q, k, v, dout, lse, delta, dq, {tq, tk, heads, kv_heads, h, causal, scale});                               \
     }                                                                                                                              \
-    KERNEL __launch_bounds__(THREADS) attention_dkv_##C(const float* q, const float* k, const float* v, const float* dout,         \
-                                                        const float* lse, const float* delta, float* dk, float* dv, u32 tq,        \
-                                                        u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {         \
+    BOUNDED(attention_dkv_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,     \
+                               T* dv, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                   \
         attention_dkv<C>(q, k, v, dout, lse, delta, dk, dv, {tq, tk, heads, kv_heads, h, causal, scale});                          \
     }
 ATTENTION(1)

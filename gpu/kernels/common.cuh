@@ -1,16 +1,22 @@
-// What the kernels share. All sources are one translation unit, in the order of gpu/kernels.rs; no header is included, so that
-// NVRTC needs no directory of headers, and the simulator (gpu/simulator/) can compile the same text as C++.
+// What the kernels share. All sources are one translation unit, put together by gpu/kernels.rs: this file, then the others once
+// for each element type T of tensors, f32 and bf16. No header is included, so that NVRTC needs no directory of headers, and the
+// simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
 // - Any number of threads in a block that is a multiple of 32, up to 1024 (attention: exactly its THREADS).
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
-// - Arithmetic in f32 without fast-math; sums that leave the device as one number are taken in f64.
+// - Arithmetic in f32 without fast-math, whatever T is: values are widened as they are loaded and rounded as they are stored, once.
+//   What is no tensor's element but a statistic of a row (1/rms, log-sum-exp) is stored in f32. Sums that leave the device as one
+//   number are taken in f64.
 // Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define KERNEL extern "C" __global__ void
+// KERNEL(fill)(arguments) defines fill_f32 or fill_bf16; a macro of its own, for ELEMENT to be replaced before it is pasted.
+#define PASTE(name, element) name##_##element
+#define NAME(name, element) PASTE(name, element)
+#define KERNEL(name) extern "C" __global__ void NAME(name, ELEMENT)
 #define INFINITE __int_as_float(0x7f800000)
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
@@ -18,6 +24,22 @@ typedef unsigned long long u64;
 #ifndef SIMULATOR
 #define DYNAMIC_SHARED(name) extern __shared__ float name[]
 #endif
+
+// bf16: the upper half of an f32. Reads as a float, and takes one, rounded to nearest, ties to even; a copy is one of bits.
+struct Bf16 {
+    unsigned short bits;
+
+    __device__ operator float() const { return __int_as_float(bits << 16); }
+
+    __device__ void operator=(float x) {
+#if __CUDA_ARCH__ >= 800
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else // the same by hand
+        const u32 whole = __float_as_int(x);
+        bits = x == x ? (whole + 0x7fffu + (whole >> 16 & 1u)) >> 16 : 0x7fffu;
+#endif
+    }
+};
 
 // i over [0, n): each thread takes every so many elements, whatever the grid.
 #define FOR_EACH(i, n) \

@@ -2,29 +2,27 @@
 
 // ---- softmax: y = eˣ / Σ eˣ; dx = y ∘ (dy − y·dy)
 
-// Writes e^(x − top) and returns its sum and top over the row. Each thread reads back only what it wrote.
+// Σ e^(x − top) over the row, and top, the largest x.
 struct Exponentials {
     float total, top;
 };
-__device__ Exponentials exponentials(const float* x, float* e, u32 d) {
+__device__ Exponentials exponentials(const T* x, u32 d) {
     float top = -INFINITE;
     FOR_COLUMNS(c, d) top = fmaxf(top, x[c]);
     top = block_max(top);
     float total = 0.0f;
-    FOR_COLUMNS(c, d) {
-        e[c] = expf(x[c] - top);
-        total += e[c];
-    }
+    FOR_COLUMNS(c, d) total += expf(x[c] - top);
     return {block_sum(total), top};
 }
 
-KERNEL softmax(const float* x, float* y, u32 d) {
+KERNEL(softmax)(const T* x, T* y, u32 d) {
     x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
-    const float scale = 1.0f / exponentials(x, y, d).total;
-    FOR_COLUMNS(c, d) y[c] *= scale;
+    const Exponentials e = exponentials(x, d);
+    const float scale = 1.0f / e.total;
+    FOR_COLUMNS(c, d) y[c] = expf(x[c] - e.top) * scale;
 }
 
-KERNEL softmax_grad(const float* y, const float* dy, float* dx, u32 d) {
+KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u32 d) {
     y += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
     float mean = 0.0f;
     FOR_COLUMNS(c, d) mean += y[c] * dy[c];
@@ -34,17 +32,17 @@ KERNEL softmax_grad(const float* y, const float* dy, float* dx, u32 d) {
 
 // ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
 
-KERNEL cross_entropy(const float* x, const u32* targets, float* dx, double* losses, u32 d, float inv_n) {
+KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u32 d, float inv_n) {
     const u32 target = targets[blockIdx.x];
     x += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
-    const Exponentials e = exponentials(x, dx, d);
+    const Exponentials e = exponentials(x, d);
     const float scale = inv_n / e.total;
-    FOR_COLUMNS(c, d) dx[c] = dx[c] * scale - (c == target ? inv_n : 0.0f);
+    FOR_COLUMNS(c, d) dx[c] = expf(x[c] - e.top) * scale - (c == target ? inv_n : 0.0f);
     if (threadIdx.x == 0) losses[blockIdx.x] = log((double)e.total) - (x[target] - e.top);
 }
 
 // The mean of n losses. One block.
-KERNEL mean_loss(const double* losses, float* mean, u32 n) {
+KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
     double sum = 0.0;
     FOR_COLUMNS(i, n) sum += losses[i];
     sum = block_sum(sum);
@@ -54,7 +52,7 @@ KERNEL mean_loss(const double* losses, float* mean, u32 n) {
 // ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
 //      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s: rms_norm_gain below
 
-KERNEL rms_norm(const float* x, const float* g, float* y, float* inv_rms, u32 d, float eps) {
+KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u32 d, float eps) {
     x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
     float squares = 0.0f;
     FOR_COLUMNS(c, d) squares += x[c] * x[c];
@@ -63,7 +61,7 @@ KERNEL rms_norm(const float* x, const float* g, float* y, float* inv_rms, u32 d,
     FOR_COLUMNS(c, d) y[c] = g[c] * x[c] * s;
 }
 
-KERNEL rms_norm_grad(const float* x, const float* g, const float* inv_rms, const float* dy, float* dx, u32 d) {
+KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, u32 d) {
     const float s = inv_rms[blockIdx.x];
     x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
     float along = 0.0f;
@@ -75,7 +73,7 @@ KERNEL rms_norm_grad(const float* x, const float* g, const float* inv_rms, const
 // ---- layer_norm: z = (x − mean)·s, s = 1/√(var + eps), y = g ∘ z + b; stats are mean and s
 //      dx = s·(g∘dy − mean(g∘dy) − z·mean(z ∘ g∘dy)); dg = Σ_rows dy ∘ z; db = Σ_rows dy: layer_norm_gain, sum_rows below
 
-KERNEL layer_norm(const float* x, const float* g, const float* b, float* y, float* stats, u32 d, float eps) {
+KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u32 d, float eps) {
     x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d, stats += (u64)blockIdx.x * 2;
     float sum = 0.0f, squares = 0.0f;
     FOR_COLUMNS(c, d) sum += x[c];
@@ -86,7 +84,7 @@ KERNEL layer_norm(const float* x, const float* g, const float* b, float* y, floa
     FOR_COLUMNS(c, d) y[c] = g[c] * (x[c] - mean) * s + b[c];
 }
 
-KERNEL layer_norm_grad(const float* x, const float* g, const float* stats, const float* dy, float* dx, u32 d) {
+KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u32 d) {
     const float mean = stats[2 * blockIdx.x], s = stats[2 * blockIdx.x + 1];
     x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
     float sum = 0.0f, along = 0.0f;
@@ -100,7 +98,7 @@ KERNEL layer_norm_grad(const float* x, const float* g, const float* stats, const
 }
 
 // ---- sums over the rows of a [n, d]: y [chunks, d], row k the sum of rows k·chunk … (k + 1)·chunk − 1 of the input. A second
-//      launch over y adds up the chunks.
+//      launch over y, of sum_rows_f32, adds up the chunks.
 // A block is 32 columns wide and blockDim.x / 32 rows high: neighbours read neighbours, and the heights are added at the end.
 
 template <class Term> __device__ void column_sums(Term term, float* y, u64 n, u32 d, u32 chunk) {
@@ -121,28 +119,28 @@ template <class Term> __device__ void column_sums(Term term, float* y, u64 n, u3
     }
 }
 
-KERNEL sum_rows(const float* x, float* y, u64 n, u32 d, u32 chunk) {
+KERNEL(sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
     column_sums([=](u64, u64 i) { return x[i]; }, y, n, d, chunk);
 }
 
-KERNEL rms_norm_gain(const float* x, const float* inv_rms, const float* dy, float* y, u64 n, u32 d, u32 chunk) {
+KERNEL(rms_norm_gain)(const T* x, const float* inv_rms, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
     column_sums([=](u64 row, u64 i) { return dy[i] * x[i] * inv_rms[row]; }, y, n, d, chunk);
 }
 
-KERNEL layer_norm_gain(const float* x, const float* stats, const float* dy, float* y, u64 n, u32 d, u32 chunk) {
+KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
     column_sums([=](u64 row, u64 i) { return dy[i] * (x[i] - stats[2 * row]) * stats[2 * row + 1]; }, y, n, d, chunk);
 }
 
 // ---- sums over everything, one f64 for each block; the host adds these. f64 squares of f32 are always in range.
 
-KERNEL sum(const float* x, double* parts, u64 n) {
+KERNEL(sum)(const T* x, double* parts, u64 n) {
     double sum = 0.0;
     FOR_EACH(i, n) sum += x[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-KERNEL sum_squares(const float* x, double* parts, u64 n) {
+KERNEL(sum_squares)(const T* x, double* parts, u64 n) {
     double sum = 0.0;
     FOR_EACH(i, n) sum += (double)x[i] * x[i];
     sum = block_sum(sum);

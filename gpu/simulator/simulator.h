@@ -194,12 +194,19 @@ inline float __int_as_float(int bits) {
     return value;
 }
 
-// Behind the kernels comes the table: SIMULATE(name) for each.
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Behind the kernels comes the table: SIMULATE(element, kernel) for each.
 #define SIMULATE_BEGIN                                                                                                             \
     extern "C" const char* simulate(const char* name, const unsigned* grid, unsigned threads, size_t shared, unsigned schedule,    \
                                     void** args, size_t count) {
-#define SIMULATE(kernel)                                                                                                           \
-    if (!strcmp(name, #kernel)) return simulator::launch(kernel, grid, threads, shared, schedule, args, count);
+#define SIMULATE(element, kernel)                                                                                                  \
+    if (!strcmp(name, #kernel "_" #element))                                                                                       \
+        return simulator::launch(in_##element::kernel##_##element, grid, threads, shared, schedule, args, count);
 #define SIMULATE_END                                                                                                               \
     return "no kernel has this name";                                                                                              \
     }

@@ -49,9 +49,10 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         // a GPU's op has only been asked for when it returns
         return Err(Error::new("--profile takes the time of ops on the processor: leave out --device"));
     }
-    let opened = device::open(args.on.device)?;
-    let (report, times) = crate::pool(config.threads)?
-        .install(|| on_device!(opened, |device| measure(&device, &config, args.steps, args.profile)))?;
+    let opened = device::open(args.on.device, config.precision)?;
+    let (report, times) = crate::pool(config.threads)?.install(|| {
+        on_device!(opened, |device, compute| measure(&device, compute, &config, args.steps, args.profile))
+    })?;
     if args.json {
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
@@ -112,13 +113,14 @@ fn table(times: &OpTimes, work: &BTreeMap<&'static str, Work>, steps: usize) -> 
     text
 }
 
-fn measure<B: Backend>(
+fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
     device: &B,
+    compute: C,
     config: &Config,
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let mut trainer = Trainer::new(device, config);
+    let mut trainer = Trainer::new(device, config).computing_on(compute);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {
@@ -183,7 +185,7 @@ mod tests {
         let start = Instant::now();
         let (_, times) = crate::pool(1)
             .unwrap()
-            .install(|| measure(&Cpu::<f32>::default(), &config, steps, true))
+            .install(|| measure(&Cpu::<f32>::default(), Cpu::default(), &config, steps, true))
             .expect("the default is usable");
         let wall = start.elapsed();
         assert_eq!(times["lowrank_linear"].calls, steps * 6 * 4 * 7);
@@ -202,8 +204,10 @@ mod tests {
         assert!(*all == 100.0 && (ops.iter().sum::<f64>() - 100.0).abs() < 0.1 * ops.len() as f64, "{table}");
         assert!(ops.is_sorted_by(|a, b| a >= b), "{table}");
 
-        let (_, none) =
-            crate::pool(1).unwrap().install(|| measure(&Cpu::<f32>::default(), &config, 1, false)).unwrap();
+        let (_, none) = crate::pool(1)
+            .unwrap()
+            .install(|| measure(&Cpu::<f32>::default(), Cpu::default(), &config, 1, false))
+            .unwrap();
         assert!(none.is_empty());
     }
 }

@@ -105,6 +105,17 @@ pub enum Init {
     Orthogonal,
 }
 
+/// What forward and backward compute in. Weights, their gradients' sum and the optimizer are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// single precision
+    #[default]
+    F32,
+    /// bfloat16, on GPUs
+    Bf16,
+}
+
 /// The name of an enum's value as flags and files spell it.
 pub fn name<E: ValueEnum>(value: E) -> String {
     value.to_possible_value().expect("no value is skipped").get_name().to_owned()
@@ -162,6 +173,9 @@ pub struct ModelOptions {
     /// Micro-batches whose gradients are averaged into one step [default: 1]
     #[arg(long, help_heading = "Training")]
     pub accumulate: Option<usize>,
+    /// What forward and backward compute in; weights, gradients' sums and the optimizer stay f32 [default: f32]
+    #[arg(long, help_heading = "Training")]
+    pub precision: Option<Precision>,
     /// Seed of the initialisation and of the data order [default: 1]
     #[arg(long, help_heading = "Training")]
     pub seed: Option<u64>,
@@ -297,6 +311,8 @@ pub struct Config {
     pub init_std: f64,
     pub zero_init_output: bool,
     pub accumulate: usize,
+    #[serde(default)]
+    pub precision: Precision,
     pub seed: u64,
     pub threads: usize,
     /// Absolute paths; empty: the embedded default.
@@ -411,6 +427,7 @@ impl Overrides {
         check_name::<Method>(&table, "method")?;
         check_name::<Schedule>(&table, "schedule")?;
         check_name::<Init>(&table, "init")?;
+        check_name::<Precision>(&table, "precision")?;
         check_name::<LrScale>(&table, "lr_scale")?;
         check_name::<Telemetry>(&table, "telemetry")?;
         Ok(Overrides {
@@ -494,6 +511,7 @@ impl Overrides {
             init_std: m.init_std.unwrap_or(0.02),
             zero_init_output: m.zero_init_output.unwrap_or(false),
             accumulate: m.accumulate.unwrap_or(1),
+            precision: m.precision.unwrap_or_default(),
             seed: m.seed.unwrap_or(1),
             threads: m.threads.unwrap_or(0),
             data: absolute(t.data.unwrap_or_default())?,
@@ -816,6 +834,7 @@ mod tests {
             ("telemetry = \"exakt\"", "unknown telemetry \"exakt\"; did you mean `exact`?"),
             ("preset = \"huge\"", "unknown preset \"huge\"; there are: tiny, small, mid"),
             ("\nsteps = \"many\"", "line 2"),
+            ("precision = \"bf61\"", "unknown precision \"bf61\"; did you mean `bf16`?"),
             ("steps = -1", "line 1"),
             ("steps", "line 1"),
         ] {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use rankgrad::gpu::FAILURE;
 use rankgrad::tensor::Cpu;
 
+use crate::config::Precision;
 use crate::error::{Error, Result};
 
 /// What `--device` says.
@@ -38,13 +39,27 @@ pub enum Opened {
     Cpu(Cpu<f32>),
     #[cfg(feature = "cuda")]
     Cuda(rankgrad::gpu::Cuda<f32>),
+    /// Trains in bf16, with weights in f32.
+    #[cfg(feature = "cuda")]
+    Mixed(rankgrad::gpu::Cuda<f32>),
 }
 
 /// Opens what was asked for; `auto` says on standard error what it takes.
 ///
 /// # Errors
-/// Why there is no such GPU, and what to do.
-pub fn open(device: Device) -> Result<Opened> {
+/// Why there is no such GPU, and what to do. bf16 on the processor.
+pub fn open(device: Device, precision: Precision) -> Result<Opened> {
+    match (opened(device)?, precision) {
+        (opened, Precision::F32) => Ok(opened),
+        #[cfg(feature = "cuda")]
+        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => Ok(Opened::Mixed(gpu)),
+        (Opened::Cpu(_), Precision::Bf16) => Err(Error::new(
+            "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
+        )),
+    }
+}
+
+fn opened(device: Device) -> Result<Opened> {
     let cpu = Opened::Cpu(Cpu::default());
     match device {
         Device::Cpu => Ok(cpu),
@@ -64,13 +79,28 @@ pub fn open(device: Device) -> Result<Opened> {
     }
 }
 
-/// Evaluates an expression with `$device` bound to the opened backend, whichever it is.
+/// Evaluates an expression with `$device` bound to the opened backend, whichever it is, and `$compute` to the same in the
+/// precision of forward and backward.
 macro_rules! on_device {
     ($opened:expr, |$device:ident| $run:expr) => {
+        $crate::device::on_device!($opened, |$device, _compute| $run)
+    };
+    ($opened:expr, |$device:ident, $compute:ident| $run:expr) => {
         match $opened {
-            $crate::device::Opened::Cpu($device) => $run,
+            $crate::device::Opened::Cpu($device) => {
+                let $compute = $device;
+                $run
+            }
             #[cfg(feature = "cuda")]
-            $crate::device::Opened::Cuda($device) => $run,
+            $crate::device::Opened::Cuda($device) => {
+                let $compute = $device.clone();
+                $run
+            }
+            #[cfg(feature = "cuda")]
+            $crate::device::Opened::Mixed($device) => {
+                let $compute = $device.with_elements::<rankgrad::tensor::Bf16>();
+                $run
+            }
         }
     };
 }

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::GenerateArgs;
-use crate::config::{ModelOptions, Overrides};
+use crate::config::{ModelOptions, Overrides, Precision};
 use crate::device::{self, on_device};
 use crate::error::{Error, Result, tell};
 use crate::model::Model;
@@ -40,7 +40,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let of = |checkpoint: &Checkpoint| checkpoint.tokenizer_or(args.tokenizer.as_deref());
     let tokenizer = checkpoint.as_ref().map_or(Ok(Tokenizer::Bytes), of)?;
     let sampling = Sampling { tokenizer: &tokenizer, ..sampling };
-    on_device!(device::open(args.on.device)?, |device| {
+    on_device!(device::open(args.on.device, Precision::F32)?, |device| {
         let (model, params) = match checkpoint {
             Some(checkpoint) => load_model(&device, checkpoint)?,
             None => Model::new(&device, &untrained(args)?),

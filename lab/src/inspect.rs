@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::{EvalArgs, InspectArgs};
-use crate::config::{Config, name};
+use crate::config::{Config, Precision, name};
 use crate::data::Corpus;
 use crate::device::{self, on_device};
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let corpus =
         corpus(&config, &checkpoint.tokenizer_or(args.tokenizer.as_deref())?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
-        on_device!(device::open(args.on.device)?, |device| {
+        on_device!(device::open(args.on.device, Precision::F32)?, |device| {
             let (model, params) = load_model(&device, checkpoint)?;
             Ok::<_, Error>(validate(&config, &model, &params, &corpus, args.batches))
         })

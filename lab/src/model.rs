@@ -84,7 +84,7 @@ pub struct Model<B: Backend> {
     norm: Dense,
     /// The embedding again if the two are tied.
     head: Dense,
-    rope: Arc<Rope<B>>,
+    rope: Arc<Rope<B::Wide>>,
     norm_eps: f64,
     heads: usize,
     kv_heads: usize,
@@ -180,7 +180,7 @@ impl<B: Backend> Model<B> {
         let blocks = (0..layers).map(block).collect();
         let norm = make.gain("norm");
         let head = if config.tie { embedding } else { make.table("head") };
-        let rope = Arc::new(Rope::new(device, context, dim / heads, config.rope_base)); // [T, h]
+        let rope = Arc::new(Rope::new(&device.wide(), context, dim / heads, config.rope_base)); // [T, h]
         let mut params = make.params;
         let norm_eps = config.norm_eps;
         let guides = Vec::new();
@@ -201,11 +201,16 @@ impl<B: Backend> Model<B> {
         self.guides = vec![alpha; params.values.hidden.len()];
     }
 
-    /// Logits [N, v] of `batch` sequences of equal length, one after the other in `tokens`.
-    pub fn logits<'t>(&self, w: &ParamVars<'t, B>, tokens: &[u32], batch: usize) -> Var<'t, B> {
+    /// Logits [N, v] of `batch` sequences of equal length, one after the other in `tokens`; in the precision of `w`.
+    pub fn logits<'t, C: Backend<Wide = B::Wide>>(
+        &self,
+        w: &ParamVars<'t, C>,
+        tokens: &[u32],
+        batch: usize,
+    ) -> Var<'t, C> {
         let len = tokens.len() / batch;
         let how = Attention { batch, heads: self.heads, kv_heads: self.kv_heads, causal: true };
-        let attend = |_, [q, k, v]: [Var<'t, B>; 3]| {
+        let attend = |_, [q, k, v]: [Var<'t, C>; 3]| {
             let [qr, kr] = [q, k].map(|x| x.rope(&self.rope, len, 0)); // [N, heads·h], [N, kv_heads·h]
             [q, k].into_iter().for_each(Var::forget);
             qr.attention(kr, v, how) // [N, heads·h]
@@ -215,14 +220,14 @@ impl<B: Backend> Model<B> {
 
     /// The residual stream behind the last block [N, d]. `attend(i, [q, k, v])`: what block i's attention finds, from its
     /// queries and keys before their rotation, [N, heads·h], and [N, kv_heads·h] twice, to [N, heads·h].
-    fn residual<'t>(
+    fn residual<'t, C: Backend<Wide = B::Wide>>(
         &self,
-        w: &ParamVars<'t, B>,
+        w: &ParamVars<'t, C>,
         tokens: &[u32],
-        mut attend: impl FnMut(usize, [Var<'t, B>; 3]) -> Var<'t, B>,
-    ) -> Var<'t, B> {
+        mut attend: impl FnMut(usize, [Var<'t, C>; 3]) -> Var<'t, C>,
+    ) -> Var<'t, C> {
         let guides = &self.guides[..];
-        let add = |x: Var<'t, B>, y: Var<'t, B>| {
+        let add = |x: Var<'t, C>, y: Var<'t, C>| {
             let sum = x + y; // [N, d]
             y.forget(); // no derivative needs it
             sum
@@ -240,19 +245,19 @@ impl<B: Backend> Model<B> {
     }
 
     /// Logits [N, v] from the residual stream [N, d].
-    fn logits_of<'t>(&self, w: &ParamVars<'t, B>, x: Var<'t, B>) -> Var<'t, B> {
+    fn logits_of<'t, C: Backend>(&self, w: &ParamVars<'t, C>, x: Var<'t, C>) -> Var<'t, C> {
         x.rms_norm(w[self.norm], self.norm_eps).linear(w[self.head]) // [N, v]
     }
 
-    /// Mean cross-entropy in nats per token, a tensor of shape \[1\].
-    pub fn loss<'t>(
+    /// Mean cross-entropy in nats per token \[1\], on the tape and as it is before it is rounded to the tape's elements.
+    pub fn loss<'t, C: Backend<Wide = B::Wide>>(
         &self,
-        w: &ParamVars<'t, B>,
+        w: &ParamVars<'t, C>,
         tokens: &[u32],
         targets: &[u32],
         batch: usize,
-    ) -> Var<'t, B> {
-        self.logits(w, tokens, batch).cross_entropy(targets)
+    ) -> (Var<'t, C>, Tensor<B::Wide>) {
+        self.logits(w, tokens, batch).cross_entropy_wide(targets)
     }
     /// As [`Model::logits`], without keeping anything for a gradient: what others are compared with.
     #[cfg(test)]

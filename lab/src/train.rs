@@ -53,7 +53,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
-    let opened = device::open(args.on.device)?;
+    let opened = device::open(args.on.device, config.precision)?;
     let corpus =
         Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
     let run = match (&start, &args.resume) {
@@ -66,13 +66,16 @@ pub fn train(args: &TrainArgs) -> Result<()> {
     let run = if args.tensorboard { run.with_tensorboard()? } else { run };
     catch_interrupts()?;
     crate::pool(config.threads)?.install(|| {
-        on_device!(opened, |device| train_on(&device, args, &config, (&corpus, &tokenizer), run, start))
+        on_device!(opened, |device, compute| {
+            train_on(&device, compute, args, &config, (&corpus, &tokenizer), run, start)
+        })
     })
 }
 
-/// The run, begun or gone on with, to its end or to where it is stopped.
-fn train_on<B: Backend<Elem = f32>>(
+/// The run, begun or gone on with, to its end or to where it is stopped; forward and backward are computed on `compute`.
+fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
     device: &B,
+    compute: C,
     args: &TrainArgs,
     config: &Config,
     (corpus, tokenizer): (&Corpus, &Tokenizer),
@@ -80,6 +83,7 @@ fn train_on<B: Backend<Elem = f32>>(
     start: Start,
 ) -> Result<()> {
     let mut training = Loop::new(device, config, (corpus, tokenizer), run, start)?;
+    training.trainer = training.trainer.computing_on(compute);
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();

@@ -31,6 +31,8 @@ pub struct Trainer<B: Backend = Cpu<f32>> {
     pub model: Model<B>,
     pub params: Params<B>,
     optimizer: Optimizer<B, PairRule<B>>,
+    /// Forward and backward, in the precision that they have.
+    lane: Lane<B>,
     /// Time by op, summed over steps and lanes; None: it is not taken.
     pub op_times: Option<OpTimes>,
 }
@@ -71,12 +73,29 @@ struct Pass<B: Backend> {
     op_times: OpTimes,
 }
 
+/// [`lane`] on a device.
+type Lane<B> = Box<
+    dyn Fn(
+            &Model<B>,
+            &Params<B>,
+            &Batch,
+            Range<usize>,
+            f64,
+            bool,
+        ) -> std::result::Result<Pass<B>, Option<NonFinite>>
+        + Send
+        + Sync,
+>;
+
 /// Forward and backward over some `rows` of a batch that counts for `share` of the step; `timed`: with the time of each op.
+///
+/// On a tape of the device's precision, C: from copies of the parameters if that is not theirs, to gradients that are then widened.
+/// bf16 has the exponents of f32, so nothing overflows that would not there, and no loss is scaled.
 ///
 /// # Errors
 /// A loss that is not finite: the first op that was not.
-fn lane<B: Backend>(
-    device: &B,
+fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
+    device: &C,
     model: &Model<B>,
     params: &Params<B>,
     batch: &Batch,
@@ -85,11 +104,12 @@ fn lane<B: Backend>(
     timed: bool,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
     let len = batch.inputs.len() / batch.rows;
-    let at_once = if B::WORKING_SET == usize::MAX { batch.rows } else { (TOKENS / len).max(1) };
+    let at_once = if C::WORKING_SET == usize::MAX { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut sum = None;
     let mut op_times = OpTimes::new();
+    let (own, params) = (params.values.dense[0].device(), params.cast(device));
     for row in rows.clone().step_by(at_once) {
         let start = Instant::now();
         let rows = row..rows.end.min(row + at_once);
@@ -97,9 +117,10 @@ fn lane<B: Backend>(
         let tape = if timed { Tape::timed(device) } else { Tape::new(device) };
         let w = params.on(&tape);
         let (inputs, targets) = (&batch.inputs[tokens.clone()], &batch.targets[tokens]);
-        let mean = model.loss(&w, inputs, targets, rows.len()); // [1]
-        let part = mean.scale(share * rows.len() as f64 / batch.rows as f64); // [1]
-        let value = part.value().item();
+        let (mean, exact) = model.loss(&w, inputs, targets, rows.len()); // [1], [1]
+        let share = share * rows.len() as f64 / batch.rows as f64;
+        let part = mean.scale(share); // [1]
+        let value = share * exact.item();
         forward += start.elapsed();
         if !value.is_finite() {
             let tape = Tape::keeping(device); // once more, to see all values
@@ -114,7 +135,13 @@ fn lane<B: Backend>(
         backward += start.elapsed();
         add_times(&mut op_times, tape.times());
     }
-    Ok(Pass { loss, grads: sum.unwrap_or_default(), forward, backward, op_times })
+    Ok(Pass { loss, grads: sum.unwrap_or_default().cast(own), forward, backward, op_times })
+}
+
+fn lane_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Lane<B> {
+    Box::new(move |model, params, batch, rows, share, timed| {
+        lane(&device, model, params, batch, rows, share, timed)
+    })
 }
 
 fn add_times(sum: &mut OpTimes, times: OpTimes) {
@@ -134,7 +161,14 @@ impl<B: Backend> Trainer<B> {
 
     fn of(device: &B, config: &Config, (model, params): (Model<B>, Params<B>)) -> Self {
         let optimizer = optimizer(config, &params);
-        Self { device: device.clone(), config: config.clone(), model, params, optimizer, op_times: None }
+        let (config, lane) = (config.clone(), lane_on(device.clone()));
+        Self { device: device.clone(), config, model, params, optimizer, lane, op_times: None }
+    }
+
+    /// With forward and backward on `device`, in its precision. Parameters, gradients from there on, and the optimizer stay as
+    /// they are, and so checkpoints and validation.
+    pub fn computing_on<C: Backend<Wide = B::Wide>>(self, device: C) -> Self {
+        Self { lane: lane_on(device), ..self }
     }
 
     /// One update from the mean gradient of the micro-batches, with both learning rates times `factor`.
@@ -160,7 +194,7 @@ impl<B: Backend> Trainer<B> {
             let timed = self.op_times.is_some();
             let lane = |i: usize| {
                 let rows = batch.rows * i / lanes..batch.rows * (i + 1) / lanes;
-                self::lane(&self.device, &self.model, &self.params, batch, rows, share, timed)
+                (self.lane)(&self.model, &self.params, batch, rows, share, timed)
             };
             let passes: Vec<_> = match lanes {
                 1 => vec![crate::awake::<B, _>(|| lane(0))],
@@ -288,8 +322,8 @@ pub fn validate<B: Backend>(
     for b in corpus.validation_batches(config.batch, config.context, limit) {
         let tape = Tape::new(params.values.dense[0].device());
         let w = params.constants_on(&tape);
-        let loss = model.loss(&w, &b.inputs, &b.targets, b.rows).value().item();
-        sum += loss * b.inputs.len() as f64;
+        let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows); // [1]
+        sum += loss.item() * b.inputs.len() as f64;
         tokens += b.inputs.len() as u64;
     }
     (sum / tokens as f64, tokens)
@@ -446,7 +480,7 @@ mod tests {
     use super::*;
     use crate::config::{Method, Overrides};
     use rankgrad::gpu::{Cuda, Simulator};
-    use rankgrad::tensor::Scalar;
+    use rankgrad::tensor::{Bf16, Element};
     use serde_json::Value;
 
     const REFERENCE: &str = include_str!("../../tests/data/reference_steps.json");
@@ -539,26 +573,36 @@ mod tests {
     fn deviation<B: Backend>(device: &B, method: Method) -> f64 {
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(method, &reference);
-        let want = &reference["methods"][crate::config::name(method)];
-        let mut trainer = start(device, &config);
-        let mut worst = 0.0f64;
-        let mut compare = |got: f64, want: &Value, what: &str| {
+        deviations(start(device, &config), &reference).into_iter().fold(0.0, f64::max)
+    }
+
+    /// The largest relative deviation of each of the three.
+    fn deviations<B: Backend>(mut trainer: Trainer<B>, reference: &Value) -> [f64; 3] {
+        let config = trainer.config.clone();
+        let want = &reference["methods"][crate::config::name(config.method)];
+        let mut worst = [0.0f64; 3];
+        let mut compare = |kind: usize, got: f64, want: &Value, what: &str| {
             let want = want.as_f64().unwrap();
             let error = (got - want).abs() / want.abs();
-            assert!(error < 1e-3, "{what}: {got}, PyTorch {want}");
-            worst = worst.max(error);
+            assert!(error < 0.1, "{what}: {got}, PyTorch {want}");
+            worst[kind] = worst[kind].max(error);
         };
         for step in 0..10 {
             let outcome = trainer.step(&[batch(&config, step)], 1.0).unwrap();
-            compare(outcome.loss, &want["losses"][step], &format!("loss of step {step}"));
-            compare(outcome.grad_norm, &want["grad_norms"][step], &format!("gradient norm of step {step}"));
+            compare(0, outcome.loss, &want["losses"][step], &format!("loss of step {step}"));
+            compare(
+                1,
+                outcome.grad_norm,
+                &want["grad_norms"][step],
+                &format!("gradient norm of step {step}"),
+            );
         }
         let order = names(&config);
         assert_eq!(want["parameters"].as_array().unwrap().len(), order.len());
         for (name, x) in trainer.params.names().zip(trainer.params.values.tensors()) {
             let p = order.iter().position(|n| *n == name).unwrap();
             let squares = x.to_f64().iter().map(|x| x * x).sum();
-            compare(squares, &want["parameters"][p]["sum_of_squares"], &name);
+            compare(2, squares, &want["parameters"][p]["sum_of_squares"], &name);
         }
         worst
     }
@@ -628,6 +672,38 @@ mod tests {
             println!("{}: {error:.1e}", crate::config::name(method));
             assert!(error < 1e-5, "{method:?}: {error:e}");
         }
+    }
+
+    /// Each rounding errs by up to u = 2⁻⁸, in either direction, and what is compared are sums over many of them: all three stay
+    /// below u, the loss, a mean over all tokens that is itself not rounded, below u/4. But they are not those of f32.
+    #[test]
+    fn ten_steps_in_bf16_agree_with_pytorch() {
+        let Some(gpu) = gpu() else { return };
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        for method in [Method::Spectron, Method::Adamw, Method::DenseAdamw, Method::DenseMuon] {
+            let trainer = start(&gpu, &config(method, &reference)).computing_on(gpu.with_elements::<Bf16>());
+            let [loss, norm, squares] = deviations(trainer, &reference);
+            println!("{}: {loss:.1e}, {norm:.1e}, {squares:.1e}", crate::config::name(method));
+            let u = Bf16::UNIT_ROUNDOFF;
+            assert!(loss < u / 4.0 && norm < u && squares < u, "{method:?}: {loss:e}, {norm:e}, {squares:e}");
+            assert!(loss > 1e-5, "{method:?}: {loss:e}");
+        }
+    }
+
+    #[test]
+    fn a_run_in_bf16_goes_on_from_its_checkpoint_to_the_same_bits() {
+        let Some(gpu) = gpu() else { return };
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let config = config(Method::Spectron, &reference);
+        let meta = || Meta::of_model(config.clone());
+        let mut whole = start(&gpu, &config).computing_on(gpu.with_elements::<Bf16>());
+        whole.step(&[batch(&config, 0), batch(&config, 1)], 1.0).unwrap();
+        let saved = whole.checkpoint(meta());
+        let parts = Trainer::resumed(&gpu, &config, saved).unwrap();
+        let mut parts = parts.computing_on(gpu.with_elements::<Bf16>());
+        let [one, other] = [&mut whole, &mut parts].map(|t| t.step(&[batch(&config, 2)], 1.0).unwrap().loss);
+        assert_eq!(one.to_bits(), other.to_bits());
+        assert!(whole.checkpoint(meta()).tensors == parts.checkpoint(meta()).tensors);
     }
 
     #[test]

@@ -77,6 +77,23 @@ fn auto_is_the_processor_where_there_is_no_gpu() {
 }
 
 #[test]
+fn bf16_is_refused_on_the_processor() {
+    let desk = common::Desk::new("");
+    for line in
+        [format!("bench --steps 1 --precision bf16 {LITTLE}"), "train --precision bf16 --out run".into()]
+    {
+        let error = desk.refused(&line);
+        assert!(
+            error.starts_with("error: precision is bf16, in which only GPUs compute: add --device cuda"),
+            "{error}"
+        );
+        assert!(error.lines().count() == 1 && !desk.path("run").exists(), "{error}");
+    }
+    let error = desk.refused("study methods --precision bf16");
+    assert!(error.contains("a study computes on the processor"), "{error}");
+}
+
+#[test]
 fn other_devices_are_refused() {
     let desk = common::Desk::new("");
     for name in ["tpu", "cuda:", "cuda:x", "gpu"] {
@@ -149,6 +166,14 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     };
     let [cpu, gpu] = ["cpu", "cuda"].map(loss);
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
+    // in bf16, and gone on with in it
+    let train =
+        "train --data text --config small.toml --quiet --steps 6 --precision bf16 --device cuda --out half";
+    run(&format!("{train} --stop-after 3"));
+    run("train --resume half --quiet --device cuda");
+    let half: serde_json::Value = serde_json::from_str(&run("eval half --json")).unwrap();
+    let half = half["val_loss"].as_f64().unwrap();
+    assert!((half - gpu).abs() < 0.01 * gpu && half != gpu, "{gpu}, in bf16 {half}");
     // one's checkpoint on the other, to the same texts
     std::fs::write(desk.path("prompts"), "7\n12, 13").unwrap();
     let text = |run_of: &str, device: &str| {

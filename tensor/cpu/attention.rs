@@ -154,7 +154,7 @@ fn softmax<T: Scalar>(x: &mut [T], scale: T) -> T {
 }
 
 /// [`attention`] of one query per sequence, which sees every key: K and V are read where they stand.
-fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cpus<T>; 2] {
+fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> (Cpus<T>, Cpus<T>) {
     let Attention { batch, heads, kv_heads, .. } = z.how;
     let (h, stride) = (z.h, k.cols());
     let mut o = Tensor::scratch(q.device(), q.shape()); // [batch, heads·h]
@@ -174,7 +174,7 @@ fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> [Cp
             );
         });
     });
-    [o, lse]
+    (o, lse)
 }
 
 /// The query heads of one task, q and o [heads·h], whose keys and values begin with k and v. Rows of K and V are read as gemv.rs does,
@@ -213,7 +213,12 @@ fn one_query_of<T: Scalar>(z: &Sizes, stride: usize, [q, k, v]: [&[T]; 3], o: &m
     }
 }
 
-pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: Attention) -> [Cpus<T>; 2] {
+pub(super) fn attention<T: Scalar>(
+    q: &Cpus<T>,
+    k: &Cpus<T>,
+    v: &Cpus<T>,
+    how: Attention,
+) -> (Cpus<T>, Cpus<T>) {
     let z = Sizes::new(q, k, how);
     if z.tq == 1 {
         return one_query(q, k, v, &z);
@@ -283,7 +288,7 @@ pub(super) fn attention<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, how: A
             }
         }
     });
-    [o, lse]
+    (o, lse)
 }
 
 /// dP = dO·Vᵀ, dS = scale·P∘(dP − rowsum(dO∘O)); dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO.
@@ -376,7 +381,7 @@ mod tests {
             let k = draw(batch * keys, kv_heads * h, 1); // [batch·keys, kv_heads·h]
             let v = draw(batch * keys, kv_heads * h, 2); // [batch·keys, kv_heads·h]
             let q = draw(batch, heads * h, 3); // [batch, heads·h]
-            let [o, lse] = attention(&q, &k, &v, how);
+            let (o, lse) = attention(&q, &k, &v, how);
             for b in 0..batch {
                 // the same query twice, as one alone would not go through the blocks
                 let row = &q.buffer()[b * heads * h..][..heads * h];
@@ -386,7 +391,7 @@ mod tests {
                     Tensor::from_vec(&cpu, [keys, kv_heads * h], x.buffer()[b * run..][..run].to_vec()) // [keys, kv_heads·h]
                 };
                 let one = Attention { batch: 1, causal: false, ..how };
-                let [want, want_lse] = attention(&twice, &of(&k), &of(&v), one);
+                let (want, want_lse) = attention(&twice, &of(&k), &of(&v), one);
                 for j in 0..heads * h {
                     assert!((o.buffer()[b * heads * h + j] - want.buffer()[heads * h + j]).abs() < 1e-13);
                 }

@@ -97,6 +97,7 @@ fn reduce<T: Scalar>(x: &[T], f: impl Fn(f64) -> f64 + Sync) -> f64 {
 impl<T: Scalar> Backend for Cpu<T> {
     type Elem = T;
     type Buffer = Buffer<T>;
+    type Wide = Self;
     const WORKING_SET: usize = 1 << 18; // at most half of a core's second-level cache, ½ to 2 MiB
 
     fn upload(&self, host: Vec<T>) -> Buffer<T> {
@@ -112,6 +113,15 @@ impl<T: Scalar> Backend for Cpu<T> {
         let mut buffer = Buffer::scratch(len);
         buffer.fill(T::of(value));
         buffer
+    }
+    fn wide(&self) -> Self {
+        *self
+    }
+    fn widen(x: &Tensor<Self>) -> Tensor<Self> {
+        x.clone()
+    }
+    fn narrow(&self, x: &Tensor<Self>) -> Tensor<Self> {
+        x.clone()
     }
     fn sync(&self) {} // every op returns when it is done
 
@@ -227,7 +237,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
         rows::softmax_grad(y, dy)
     }
-    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+    fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Self>) {
         rows::rms_norm(x, g, eps)
     }
     fn rms_norm_grad(
@@ -238,7 +248,12 @@ impl<T: Scalar> Backend for Cpu<T> {
     ) -> [Tensor<Self>; 2] {
         rows::rms_norm_grad(x, g, inv_rms, dy)
     }
-    fn layer_norm(x: &Tensor<Self>, g: &Tensor<Self>, b: &Tensor<Self>, eps: f64) -> [Tensor<Self>; 2] {
+    fn layer_norm(
+        x: &Tensor<Self>,
+        g: &Tensor<Self>,
+        b: &Tensor<Self>,
+        eps: f64,
+    ) -> (Tensor<Self>, Tensor<Self>) {
         rows::layer_norm(x, g, b, eps)
     }
     fn layer_norm_grad(
@@ -270,7 +285,12 @@ impl<T: Scalar> Backend for Cpu<T> {
     ) -> Tensor<Self> {
         rows::rope(x, table, len, offset, inverse)
     }
-    fn attention(q: &Tensor<Self>, k: &Tensor<Self>, v: &Tensor<Self>, how: Attention) -> [Tensor<Self>; 2] {
+    fn attention(
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        how: Attention,
+    ) -> (Tensor<Self>, Tensor<Self>) {
         attention::attention(q, k, v, how)
     }
     fn attention_grad(
@@ -282,7 +302,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     ) -> [Tensor<Self>; 3] {
         attention::attention_grad(qkv, o, lse, dout, how)
     }
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> [Tensor<Self>; 2] {
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Self>, Tensor<Self>) {
         rows::cross_entropy(logits, targets)
     }
 

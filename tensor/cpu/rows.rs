@@ -145,7 +145,7 @@ pub(super) fn softmax_grad<T: Scalar>(y: &Cpus<T>, dy: &Cpus<T>) -> Cpus<T> {
 // ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
 //      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s
 
-pub(super) fn rms_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, eps: f64) -> [Cpus<T>; 2] {
+pub(super) fn rms_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, eps: f64) -> (Cpus<T>, Cpus<T>) {
     let (n, d) = (x.rows(), x.cols());
     let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
     let mut inv_rms = Tensor::scratch(x.device(), [n]); // [n]
@@ -165,7 +165,7 @@ pub(super) fn rms_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, eps: f64) -> [Cpus<T
             },
         )
     });
-    [y, inv_rms]
+    (y, inv_rms)
 }
 
 pub(super) fn rms_norm_grad<T: Scalar>(
@@ -214,7 +214,7 @@ pub(super) fn rms_norm_grad<T: Scalar>(
 // ---- layer_norm: z = (x − mean)·s, s = 1/√(var + eps), y = g ∘ z + b
 //      dx = s·(g∘dy − mean(g∘dy) − z·mean(z ∘ g∘dy)); dg = Σ_rows dy ∘ z; db = Σ_rows dy
 
-pub(super) fn layer_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, b: &Cpus<T>, eps: f64) -> [Cpus<T>; 2] {
+pub(super) fn layer_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, b: &Cpus<T>, eps: f64) -> (Cpus<T>, Cpus<T>) {
     let (n, d) = (x.rows(), x.cols());
     let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
     let mut stats = Tensor::scratch(x.device(), [n, 2]); // [n, 2]
@@ -238,7 +238,7 @@ pub(super) fn layer_norm<T: Scalar>(x: &Cpus<T>, g: &Cpus<T>, b: &Cpus<T>, eps: 
             },
         )
     });
-    [y, stats]
+    (y, stats)
 }
 
 pub(super) fn layer_norm_grad<T: Scalar>(
@@ -379,7 +379,7 @@ pub(super) fn rope<T: Scalar>(
 
 // ---- cross_entropy: loss = mean over rows of ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
 
-pub(super) fn cross_entropy<T: Scalar>(logits: &Cpus<T>, targets: &[u32]) -> [Cpus<T>; 2] {
+pub(super) fn cross_entropy<T: Scalar>(logits: &Cpus<T>, targets: &[u32]) -> (Cpus<T>, Cpus<T>) {
     let (n, v) = (logits.rows(), logits.cols());
     let mut dx = Tensor::scratch(logits.device(), logits.shape()); // [n, v]
     let inv_n = T::of(1.0 / n as f64);
@@ -410,5 +410,5 @@ pub(super) fn cross_entropy<T: Scalar>(logits: &Cpus<T>, targets: &[u32]) -> [Cp
         .collect();
     let loss = losses.iter().sum::<f64>() / n as f64;
     let loss = Tensor::full(logits.device(), [1], loss); // [1]
-    [loss, dx]
+    (loss, dx)
 }

@@ -6,7 +6,7 @@
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, LrScale, Method, Overrides, Schedule, name};
+use crate::config::{Config, LrScale, Method, Overrides, Precision, Schedule, name};
 use crate::error::{Error, Result};
 use crate::flops::{parameters, step_flops};
 use crate::study::search::Arm;
@@ -173,6 +173,9 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
         if given {
             return fail(format!("--{flag} is for one run; a study takes {instead}"));
         }
+    }
+    if model.precision == Some(Precision::Bf16) {
+        return fail("--precision bf16 is for GPUs; a study computes on the processor".into());
     }
     let flops = o.budget == Some(Budget::Flops);
     for (given, flag, fits, wants) in [
