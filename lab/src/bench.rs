@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rankgrad::parallel::Alone;
 use rankgrad::tensor::Backend;
 use serde::Serialize;
 
@@ -118,7 +120,7 @@ fn measure<B: Backend>(
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let mut trainer = Trainer::new(device, config);
+    let mut trainer = Trainer::new(device, Arc::new(Alone), config);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {
