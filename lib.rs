@@ -36,6 +36,7 @@ pub mod autograd;
 #[cfg(any(feature = "cuda", feature = "simulator"))]
 pub mod gpu;
 pub mod lowrank;
+pub mod parallel;
 pub mod tensor;
 #[cfg(feature = "proptest")]
 pub mod testing;

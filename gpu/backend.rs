@@ -33,6 +33,12 @@ impl<T: OnGpu> Cuda<T> {
         Cuda { executor: self.executor.clone(), element: PhantomData }
     }
 
+    /// What it runs on.
+    #[cfg(feature = "cuda")]
+    pub(super) fn executor(&self) -> &dyn Executor {
+        &*self.executor
+    }
+
     fn alloc(&self, bytes: usize) -> Memory {
         Memory { executor: self.executor.clone(), address: self.executor.alloc(bytes), bytes }
     }
@@ -254,6 +260,13 @@ impl<T: OnGpu> From<&mut Tensor<Cuda<T>>> for Arg {
         let len = x.len();
         checked::<T>(x.buffer_mut(), len).into()
     }
+}
+
+/// Where a tensor is, for writing: copied first if another tensor shares the buffer.
+#[cfg(feature = "cuda")]
+pub(super) fn address(x: &mut Tensor<Cuda<f32>>) -> Address {
+    let len = x.len();
+    checked(x.buffer_mut(), len).address()
 }
 
 /// Panics unless all have the first one's length: kernels rely on it.

@@ -12,6 +12,7 @@ use crate::autograd::at_work;
 use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt::Debug;
@@ -19,12 +20,12 @@ use std::sync::{Arc, Mutex};
 
 /// One GPU.
 #[derive(Debug)]
-struct Gpu {
-    ordinal: usize,
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+pub(super) struct Gpu {
+    pub ordinal: usize,
+    pub context: Arc<CudaContext>,
+    pub stream: Arc<CudaStream>,
     /// Whether memory comes from the driver's pool, in the order of the stream.
-    pooled: bool,
+    pub pooled: bool,
     /// A handle must not be used by two threads at a time.
     blas: Mutex<CudaBlas>,
     functions: HashMap<(&'static str, Type), CudaFunction>,
@@ -80,6 +81,11 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
 }
 
 impl Gpu {
+    /// The GPU that an executor is, unless it is another kind.
+    pub fn of(executor: &dyn Executor) -> Option<&Self> {
+        (executor as &dyn Any).downcast_ref()
+    }
+
     /// The value, or a panic that says which GPU failed at what, and near which op.
     #[track_caller]
     fn must<T, E: Debug>(&self, what: &str, outcome: Result<T, E>) -> T {
@@ -93,7 +99,7 @@ impl Gpu {
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
-    fn enter(&self) {
+    pub fn enter(&self) {
         self.must("entering its context", self.context.bind_to_thread());
     }
 

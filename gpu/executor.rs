@@ -6,6 +6,7 @@
 //! most of them at some later call.
 
 use super::backend::Memory;
+use std::any::Any;
 use std::ffi::c_void;
 use std::fmt::{self, Debug, Display, Formatter};
 
@@ -99,7 +100,7 @@ pub struct Gemm {
 }
 
 /// A device.
-pub trait Executor: Send + Sync + Debug {
+pub trait Executor: Any + Send + Sync + Debug {
     /// So many bytes, of unspecified contents. Aligned for every kernel (256 bytes).
     ///
     /// # Panics

@@ -2,7 +2,7 @@
 //!
 //! From below: kernels/ (the sources), [`executor`] (what they need of a device), cuda.rs (a real one: feature `cuda`) and
 //! simulator.rs (the same kernels on the processor: feature `simulator`, for tests), [`Cuda`] (the methods of
-//! [`Backend`](crate::tensor::Backend) over it), probe.rs (which devices there are). The tape and everything above does not
+//! [`Backend`](crate::tensor::Backend) over it), nccl.rs (several GPUs), probe.rs (which devices there are). The tape and everything above does not
 //! know what it runs on. docs/gpu.md says what has been tested and how.
 
 mod backend;
@@ -13,6 +13,8 @@ mod cuda;
 pub mod executor;
 pub mod kernels;
 #[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(feature = "cuda")]
 mod probe;
 #[cfg(feature = "simulator")]
 mod simulator;
@@ -20,6 +22,8 @@ mod simulator;
 pub use backend::{Buffer, Cuda, Memory, OnGpu};
 #[cfg(feature = "cuda")]
 pub use compile::compile;
+#[cfg(feature = "cuda")]
+pub use nccl::Nccl;
 #[cfg(feature = "cuda")]
 pub use probe::{Found, LIBS, Unavailable, devices};
 #[cfg(feature = "simulator")]

@@ -7,6 +7,7 @@
 
 use cudarc::driver::{result, sys};
 use cudarc::{cublas, nvrtc};
+use libloading::Library;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -57,10 +58,14 @@ impl fmt::Display for Unavailable {
             }
             Self::NoLibrary(name, tried) => {
                 let tried: Vec<_> = tried.iter().map(|d| d.display().to_string()).collect();
+                let packages = match *name {
+                    "nccl" => "nvidia-nccl-cu13, or nvidia-nccl-cu12 for an older driver",
+                    _ => "nvidia-cublas nvidia-cuda-nvrtc",
+                };
                 write!(
                     f,
-                    "lib{name} is neither on the loader's path nor in {}; install it (pip install nvidia-cublas \
-                     nvidia-cuda-nvrtc) or set {LIBS} to its directory",
+                    "lib{name} is neither on the loader's path nor in {}; install it (pip install {packages}) or set {LIBS} \
+                     to its directory",
                     tried.join(", ")
                 )
             }
@@ -139,6 +144,15 @@ pub(super) fn compiler() -> Result<(), Unavailable> {
     opened("nvrtc", &["nvrtc-builtins", "nvrtc"], || unsafe { nvrtc::sys::is_culib_present() })
 }
 
+/// NCCL, opened. Only what trains on several GPUs asks for it.
+pub(super) fn nccl_library() -> Result<Library, Unavailable> {
+    // SAFETY: as in `look`
+    let by_name =
+        || ["libnccl.so.2", "libnccl.so"].into_iter().find_map(|name| unsafe { Library::new(name) }.ok());
+    opened("nccl", &["nccl"], || by_name().is_some())?;
+    by_name().ok_or_else(|| Unavailable::NoLibrary("nccl", directories()))
+}
+
 /// `parts`: the files of the library, each before those that need it.
 fn opened(name: &'static str, parts: &[&str], present: impl Fn() -> bool) -> Result<(), Unavailable> {
     if present() {
@@ -195,7 +209,7 @@ fn directories() -> Vec<PathBuf> {
             versions.map(|entry| entry.path()).filter(|path| file_name(path).starts_with("python3"))
         {
             for packages in ["site-packages", "dist-packages"] {
-                for folder in ["cu13/lib", "cublas/lib", "cuda_nvrtc/lib"] {
+                for folder in ["cu13/lib", "cublas/lib", "cuda_nvrtc/lib", "nccl/lib"] {
                     directories.push(version.join(packages).join("nvidia").join(folder));
                 }
             }

@@ -53,8 +53,8 @@ impl<B: Backend> AdamW<B> {
     fn moments(&mut self) -> State<'_, B> {
         let mut state = Vec::new();
         for (i, [m, v]) in self.moments.iter_mut().enumerate() {
-            state.push((format!("m.{i}"), m));
-            state.push((format!("v.{i}"), v));
+            state.push(("m", i, m));
+            state.push(("v", i, v));
         }
         state
     }

@@ -39,12 +39,12 @@ pub(crate) fn factors_mut<B: Backend>(pairs: &mut [FactorPair<B>]) -> Vec<&mut T
     pairs.iter_mut().flat_map(|p| [&mut p.a, &mut p.b]).collect()
 }
 
-/// State under the names `what.0`, `what.1`, …
+/// State of one kind, a tensor for each tensor of the parameters.
 pub(crate) fn named<'a, B: Backend>(
-    what: &str,
+    what: &'static str,
     tensors: impl IntoIterator<Item = &'a mut Tensor<B>>,
 ) -> State<'a, B> {
-    tensors.into_iter().enumerate().map(|(i, x)| (format!("{what}.{i}"), x)).collect()
+    tensors.into_iter().enumerate().map(|(i, x)| (what, i, x)).collect()
 }
 
 /// Applies `f` to batches of one shape each; the results come back in the order of `items`.

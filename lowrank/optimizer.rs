@@ -2,9 +2,10 @@
 
 use super::{AdamW, FactorPair, Params, Spectron, Values};
 use crate::tensor::{Backend, Tensor};
+use std::ops::Range;
 
-/// The tensors that a rule must save to continue bit-identically, by name.
-pub type State<'a, B> = Vec<(String, &'a mut Tensor<B>)>;
+/// The tensors that a rule must save to continue bit-identically: what each is, for which of the parameters' tensors, counted from 0.
+pub type State<'a, B> = Vec<(&'static str, usize, &'a mut Tensor<B>)>;
 
 /// An update rule for parameters of type `P` (factor pairs or tensors). It keeps its own momenta.
 pub trait Rule<B: Backend, P>: Send {
@@ -45,6 +46,10 @@ pub struct Optimizer<B: Backend, R = Spectron<B>> {
     /// Factors on the learning rate of each pair and of each hidden matrix, such as [`shape_scale`].
     pub pair_scales: Vec<f64>,
     pub hidden_scales: Vec<f64>,
+    /// The pairs and the hidden matrices that `pairs` and `hidden` were made for, and move: all, or this worker's
+    /// ([`Division`](crate::parallel::Division)).
+    pub own_pairs: Range<usize>,
+    pub own_hidden: Range<usize>,
     /// Updates so far.
     pub steps: u64,
 }
@@ -72,6 +77,8 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
             dense: AdamW::new(&params.values.dense),
             pair_scales: vec![1.0; params.values.pairs.len()],
             hidden_scales: vec![1.0; params.values.hidden.len()],
+            own_pairs: 0..params.values.pairs.len(),
+            own_hidden: 0..params.values.hidden.len(),
             steps: 0,
         }
     }
@@ -84,22 +91,29 @@ impl<B: Backend, R: Rule<B, FactorPair<B>>> Optimizer<B, R> {
     pub fn step(&mut self, params: &mut Params<B>, grads: &Values<B>, lr: f64, adam_lr: f64) {
         self.steps += 1;
         let Values { pairs, hidden, dense } = &mut params.values;
+        same_count("optimizer", pairs.len(), grads.pairs.len(), self.pair_scales.len());
+        same_count("optimizer", hidden.len(), grads.hidden.len(), self.hidden_scales.len());
         let scaled = |scales: &[f64]| -> Vec<f64> { scales.iter().map(|scale| lr * scale).collect() };
-        self.pairs.step(pairs, &grads.pairs, &scaled(&self.pair_scales), self.steps);
-        self.hidden.step(hidden, &grads.hidden, &scaled(&self.hidden_scales), self.steps);
+        let own = self.own_pairs.clone();
+        let rates = scaled(&self.pair_scales[own.clone()]);
+        self.pairs.step(&mut pairs[own.clone()], &grads.pairs[own], &rates, self.steps);
+        let own = self.own_hidden.clone();
+        let rates = scaled(&self.hidden_scales[own.clone()]);
+        self.hidden.step(&mut hidden[own.clone()], &grads.hidden[own], &rates, self.steps);
         self.dense.step(dense, &grads.dense, &vec![adam_lr; grads.dense.len()], self.steps);
     }
 
-    /// The state of all rules, under `pairs.`, `hidden.` and `dense.`.
-    pub fn state(&mut self) -> State<'_, B> {
+    /// The state of all rules by name, `pairs.WHAT.I`, `hidden.WHAT.I` and `dense.WHAT.I`: I counts the tensors of all parameters of
+    /// the kind, also where this optimizer has a part of them.
+    pub fn state(&mut self) -> Vec<(String, &mut Tensor<B>)> {
         let parts = [
-            ("pairs", self.pairs.state()),
-            ("hidden", self.hidden.state()),
-            ("dense", Rule::<B, Tensor<B>>::state(&mut self.dense)),
+            ("pairs", 2 * self.own_pairs.start, self.pairs.state()),
+            ("hidden", self.own_hidden.start, self.hidden.state()),
+            ("dense", 0, Rule::<B, Tensor<B>>::state(&mut self.dense)),
         ];
-        let named = parts
-            .into_iter()
-            .flat_map(|(part, state)| state.into_iter().map(move |(name, x)| (format!("{part}.{name}"), x)));
+        let named = parts.into_iter().flat_map(|(part, first, state)| {
+            state.into_iter().map(move |(what, i, x)| (format!("{part}.{what}.{}", first + i), x))
+        });
         named.collect()
     }
 }

@@ -162,7 +162,7 @@ fn parameters_without_momenta() {
     let mut early = Optimizer::spectron(&params);
     params.pair("late", FactorPair::new(zeros(&[4, 2]), zeros(&[5, 2])));
     let grads = params.values.clone();
-    refuses("spectron", &["1 parameters", "momenta for 0"], || early.step(&mut params, &grads, 0.1, 0.1));
+    refuses("optimizer", &["1 parameters", "momenta for 0"], || early.step(&mut params, &grads, 0.1, 0.1));
     params.values.pairs.clear();
     let mut grads = params.values.clone();
     grads.dense.push(zeros(&[3]));

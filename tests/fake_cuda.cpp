@@ -1,8 +1,16 @@
-// The part of libcuda, libcublas and libnvrtc that gpu/cuda.rs calls, in host memory: kernels run on the simulator, whose text
-// stands above this one when it is compiled. So the calls themselves are tested: their order, sizes, leading dimensions.
-// "Devices" have 1 GiB, or RANKGRAD_FAKE_BYTES, and the kernel RANKGRAD_FAKE_FAILS, if any, fails; what NVRTC compiles is the word "image", and modules are made of nothing else.
+// The part of libcuda, libcublas, libnvrtc and libnccl that gpu/cuda.rs and gpu/nccl.rs call, in host memory: kernels run on the
+// simulator, whose text stands above this one when it is compiled. So the calls themselves are tested: their order, sizes, leading
+// dimensions. There are two devices of 1 GiB, or RANKGRAD_FAKE_BYTES, and the kernel RANKGRAD_FAKE_FAILS, if any, fails; what NVRTC compiles
+// is the word "image", and modules are made of nothing else. The four libraries are one file under four names, and so, for the loader, one
+// library.
 
+#include <atomic>
+#include <condition_variable>
+#include <map>
 #include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
 
 // C ← alpha·op(A)·op(B) + beta·C, what cuBLAS computes below.
 template <class T>
@@ -22,62 +30,96 @@ static int gemm(bool ta, bool tb, int m, int n, int k, const float* alpha, const
 
 extern "C" {
 
-// ---- libcuda; 0 is success, 1 an invalid value, 2 out of memory, 201 no context
+// ---- libcuda; 0 is success, 1 an invalid value, 2 out of memory, 201 no context, 600 not ready. A device is its own context.
 
-static thread_local void* context;
+struct Device;
+struct Stream {
+    Device* device;
+    std::atomic<bool> waiting; // for others to make the same calls of NCCL
+};
+static struct Device {
+    size_t used;
+    bool open[2]; // its memory, to the devices
+    Stream stream;
+} devices[2];
+
+static thread_local Device* context;
 static std::mutex busy;
-static size_t used;
 static const char* const FAILS = getenv("RANKGRAD_FAKE_FAILS");
 static const char* const BYTES = getenv("RANKGRAD_FAKE_BYTES");
 static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
-const void* const STREAM = (const void*)0x5000; // the same in each of the three libraries, which are copies
+
+// Nothing here enqueues behind what waits for others: it could not be carried out at once.
+static int bad(const Stream* stream) {
+    return !context ? 201 : stream != &context->stream ? 1 : stream->waiting ? 600 : 0;
+}
 
 int cuInit(unsigned) { return 0; }
 int cuGetErrorName(int, const char** name) { return *name = "its name", 0; }
 int cuGetErrorString(int, const char** words) { return *words = "its words", 0; }
-int cuDeviceGetCount(int* count) { return *count = 1, 0; }
+int cuDeviceGetCount(int* count) { return *count = 2, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, 0; }
 int cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 9 : which == 115 ? 1 : 0, 0; } // 9.0, pools
 int cuDeviceGetName(char* name, int, int) { return strcpy(name, "Simulated"), 0; }
-int cuDevicePrimaryCtxRetain(void** out, int) { return *out = (void*)"context", 0; }
+int cuDeviceCanAccessPeer(int* can, int device, int peer) { return *can = device != peer, 0; }
+int cuDevicePrimaryCtxRetain(Device** out, int ordinal) { return *out = &devices[ordinal], 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-int cuCtxSetCurrent(void* c) { return context = c, 0; }
-int cuCtxGetCurrent(void** c) { return *c = context, 0; }
+int cuCtxSetCurrent(Device* c) { return context = c, 0; }
+int cuCtxGetCurrent(Device** c) { return *c = context, 0; }
 int cuCtxSynchronize() { return context ? 0 : 201; }
-int cuStreamCreate(const void** stream, unsigned) { return *stream = STREAM, 0; }
-int cuStreamDestroy_v2(const void*) { return 0; }
-int cuStreamSynchronize(const void* stream) { return !context ? 201 : stream != STREAM; }
-int cuDeviceGetDefaultMemPool(const void** pool, int) { return *pool = "pool", 0; }
-int cuMemPoolSetAttribute(const void*, int which, const uint64_t* value) { return which != 4 || *value != UINT64_MAX; }
-int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = TOTAL - used, *total = TOTAL, 0; }
+int cuStreamCreate(const Stream** stream, unsigned) { return context ? (*stream = &context->stream, 0) : 201; }
+int cuStreamDestroy_v2(const Stream*) { return 0; }
+int cuStreamQuery(const Stream* stream) { return bad(stream); }
+int cuStreamSynchronize(const Stream* stream) {
+    while (stream->waiting) std::this_thread::yield();
+    return bad(stream);
+}
+int cuDeviceGetDefaultMemPool(Device** pool, int ordinal) { return *pool = &devices[ordinal], 0; }
+int cuMemPoolSetAttribute(const Device*, int which, const uint64_t* value) { return which != 4 || *value != UINT64_MAX; }
+int cuMemPoolSetAccess(Device* pool, const int* access, size_t count) { // a device (1) and its number; to read and write (3)
+    if (count != 1 || access[0] != 1 || access[2] != 3 || pool == &devices[access[1]]) return 1;
+    return pool->open[access[1]] = true, 0;
+}
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    return context ? (*free = TOTAL - context->used, *total = TOTAL, 0) : 201;
+}
 
-int cuMemAllocAsync(uint64_t* address, size_t bytes, const void* stream) {
-    if (!context) return 201;
-    if (!bytes || stream != STREAM) return 1;
+struct Head { // 256 bytes before what is allocated
+    size_t bytes;
+    Device* device;
+};
+static Head* head(uint64_t address) { return (Head*)(address - 256); }
+
+int cuMemAllocAsync(uint64_t* address, size_t bytes, const Stream* stream) {
+    if (int code = bad(stream)) return code;
+    if (!bytes) return 1;
     std::lock_guard<std::mutex> lock(busy);
-    if (used + bytes > TOTAL) return 2;
-    size_t* start = (size_t*)aligned_alloc(256, (256 + bytes + 255) / 256 * 256);
+    if (context->used + bytes > TOTAL) return 2;
+    char* start = (char*)aligned_alloc(256, (256 + bytes + 255) / 256 * 256);
     memset(start, 0xff, 256 + bytes);
-    used += *start = bytes;
-    return *address = (uint64_t)start + 256, 0;
+    *address = (uint64_t)start + 256;
+    *head(*address) = {bytes, context};
+    context->used += bytes;
+    return 0;
 }
-int cuMemFreeAsync(uint64_t address, const void* stream) {
-    if (!context) return 201;
-    if (stream != STREAM) return 1;
+int cuMemFreeAsync(uint64_t address, const Stream* stream) {
+    if (int code = bad(stream)) return code;
+    if (head(address)->device != context) return 1;
     std::lock_guard<std::mutex> lock(busy);
-    size_t* start = (size_t*)(address - 256);
-    used -= *start;
-    return free(start), 0;
+    context->used -= head(address)->bytes;
+    return free(head(address)), 0;
 }
-static int copy(void* to, const void* from, size_t bytes, const void* stream) {
-    return !context ? 201 : stream != STREAM ? 1 : (memcpy(to, from, bytes), 0);
+static int copy(void* to, const void* from, size_t bytes, const Stream* stream) {
+    int code = bad(stream);
+    return code ? code : (memcpy(to, from, bytes), 0);
 }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, const void* s) { return copy((void*)to, from, n, s); }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, const void* s) { return copy(to, (void*)from, n, s); }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, const void* s) { return copy((void*)to, (void*)from, n, s); }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, const void* s) {
-    return !context ? 201 : s != STREAM ? 1 : (memset((void*)to, value, n), 0);
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, const Stream* s) { return copy((void*)to, from, n, s); }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, const Stream* s) { return copy(to, (void*)from, n, s); }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, const Stream* s) { return copy((void*)to, (void*)from, n, s); }
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, const Stream* s) {
+    int code = bad(s);
+    return code ? code : (memset((void*)to, value, n), 0);
 }
 
 struct Function {
@@ -97,9 +139,9 @@ int cuFuncSetAttribute(Function* function, int which, int value) {
 }
 const char* simulate(const char*, const unsigned*, unsigned, size_t, unsigned, void**, size_t);
 int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   const void* stream, void** args, void** extra) {
-    if (!context) return 201;
-    if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || stream != STREAM || extra) return 1;
+                   const Stream* stream, void** args, void** extra) {
+    if (int code = bad(stream)) return code;
+    if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || extra) return 1;
     if (FAILS && !strcmp(FAILS, function->name)) return 700;
     const unsigned grid[3] = {gx, gy, gz};
     static thread_local unsigned schedule;
@@ -108,19 +150,20 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
 
 // ---- libcublas, by columns: element (i, j) of a matrix lies at i + j·ld
 
-int cublasCreate_v2(const void** handle) { return *handle = "handle", 0; }
-int cublasDestroy_v2(const void*) { return 0; }
-int cublasSetStream_v2(const void*, const void* stream) { return stream != STREAM; }
+int cublasCreate_v2(Device** handle) { return *handle = context, !context; }
+int cublasDestroy_v2(const Device*) { return 0; }
+int cublasSetStream_v2(const Device* handle, const Stream* stream) { return stream != &handle->stream; }
 int cublasSetMathMode(const void*, int mode) { return mode != 16; } // no sum of bf16 products in bf16
-int cublasGemmEx(const void*, int opa, int opb, int m, int n, int k, const float* alpha, const void* a, int at, int lda, const void* b,
+int cublasGemmEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* a, int at, int lda, const void* b,
                  int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int) {
     const bool ta = opa == 1, tb = opb == 1;
+    if (bad(&handle->stream)) return 13;
     if (at != bt || at != ct || compute != 68) return 7; // CUDA_R_32F is 0, CUDA_R_16BF 14, CUBLAS_COMPUTE_32F 68
     if (at == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, lda, (const float*)b, ldb, beta, (float*)c, ldc);
     if (at == 14) return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, lda, (const Bf16*)b, ldb, beta, (Bf16*)c, ldc);
     return 7;
 }
-int cublasGemmBatchedEx(const void* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
+int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
                         int lda, const void* const* b, int bt, int ldb, const float* beta, void* const* c, int ct, int ldc, int count,
                         int compute, int algorithm) {
     int code = 0;
@@ -139,5 +182,101 @@ int nvrtcCompileProgram(const void*, int count, const char* const* options) {
 int nvrtcGetCUBINSize(const void*, size_t* size) { return *size = 5, 0; }
 int nvrtcGetCUBIN(const void*, char* image) { return memcpy(image, "image", 5), 0; }
 int nvrtcDestroyProgram(const void*) { return 0; }
+
+// ---- libnccl; 0 is success, 4 an invalid argument, 5 invalid usage. A worker's calls are carried out when its group has ended and the
+// others' too, by whoever comes last; until then its stream waits.
+
+struct Id {
+    unsigned char bytes[128];
+};
+struct Call {
+    bool sum;
+    float* x;
+    size_t count;
+    int root;
+};
+struct Team;
+struct Worker {
+    Team* team;
+    Device* device;
+    std::vector<Call> calls;
+    bool here;
+};
+struct Team {
+    std::map<int, Worker> workers;
+};
+static std::mutex meeting;
+static std::condition_variable joined;
+static thread_local bool grouped;
+static thread_local std::vector<Call> group;
+static thread_local Worker* grouper;
+
+int ncclGetUniqueId(Id* id) {
+    static std::atomic<int> number;
+    const int n = ++number;
+    for (int i = 0; i < 128; i++) id->bytes[i] = i * 7 + n;
+    return 0;
+}
+int ncclCommInitRank(Worker** out, int count, Id id, int rank) {
+    static std::map<std::string, Team> teams;
+    std::unique_lock<std::mutex> lock(meeting);
+    for (int i = 0; i < 128; i++)
+        if (id.bytes[i] != (unsigned char)(i * 7 + id.bytes[0])) return 4;
+    Team* team = &teams[std::string((char*)id.bytes, 128)];
+    if (!context || rank < 0 || rank >= count || team->workers.count(rank)) return 5;
+    team->workers[rank] = {team, context, {}, false};
+    joined.notify_all();
+    joined.wait(lock, [&] { return (int)team->workers.size() == count; });
+    for (auto& a : team->workers)
+        for (auto& b : team->workers)
+            if (a.first != b.first && (a.second.device == b.second.device || !a.second.device->open[b.second.device - devices])) return 5;
+    return *out = &team->workers[rank], 0;
+}
+int ncclGroupStart() { return grouped ? 5 : (grouped = true, grouper = nullptr, group.clear(), 0); }
+static int record(const void* in, float* x, size_t count, int type, Worker* worker, const Stream* stream, bool sum, int root) {
+    const bool own = head((uint64_t)x)->device == context && head((uint64_t)x)->bytes >= 4 * count;
+    if (!grouped || type != 7 || in != x || bad(stream) || context != worker->device || !own) return 4;
+    return grouper = worker, group.push_back({sum, x, count, root}), 0;
+}
+int ncclAllReduce(const void* in, float* x, size_t count, int type, int op, Worker* worker, const Stream* stream) {
+    return op ? 4 : record(in, x, count, type, worker, stream, true, 0);
+}
+int ncclBroadcast(const void* in, float* x, size_t count, int type, int root, Worker* worker, const Stream* stream) {
+    return record(in, x, count, type, worker, stream, false, root);
+}
+int ncclGroupEnd() {
+    if (!grouped) return 5;
+    grouped = false;
+    if (!grouper) return 0;
+    std::lock_guard<std::mutex> lock(meeting);
+    grouper->calls = group;
+    grouper->here = true;
+    grouper->device->stream.waiting = true;
+    auto& workers = grouper->team->workers;
+    for (auto& w : workers)
+        if (!w.second.here) return 0;
+    for (size_t i = 0; i < group.size(); i++) {
+        const Call& call = group[i];
+        std::vector<float> result(call.count);
+        for (auto& w : workers) {
+            const Call& other = w.second.calls.at(i);
+            if (other.sum != call.sum || other.count != call.count || other.root != call.root) return 5;
+            for (size_t j = 0; j < call.count; j++) {
+                if (call.sum) result[j] += other.x[j];
+                else if (w.first == call.root) result[j] = other.x[j];
+            }
+        }
+        for (auto& w : workers) std::copy(result.begin(), result.end(), w.second.calls[i].x);
+    }
+    for (auto& w : workers) w.second.here = false, w.second.device->stream.waiting = false;
+    return 0;
+}
+int ncclCommGetAsyncError(Worker*, int* code) { return *code = 0, 0; }
+int ncclCommAbort(Worker* worker) {
+    std::lock_guard<std::mutex> lock(meeting);
+    return worker->here = false, worker->device->stream.waiting = false, 0;
+}
+int ncclCommDestroy(Worker* worker) { return worker->here ? 5 : 0; }
+const char* ncclGetErrorString(int code) { return code == 4 ? "invalid argument" : "invalid usage"; }
 
 } // extern "C"

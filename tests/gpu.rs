@@ -10,9 +10,13 @@ use common::{gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
 #[cfg(feature = "cuda")]
+use rankgrad::gpu::Nccl;
+#[cfg(feature = "cuda")]
 use rankgrad::gpu::executor::Type;
 use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 use rankgrad::lowrank::{FactorPair, Optimizer, Params};
+#[cfg(feature = "cuda")]
+use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
 #[cfg(feature = "cuda")]
 use rankgrad::tensor::Mat;
 use rankgrad::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Cpu, Element, Tensor, Unary};
@@ -377,7 +381,7 @@ fn nvrtc_compiles_the_kernels() {
     assert!(error.contains("kernels.cu(1): error"), "{error}");
 }
 
-/// gpu/cuda.rs through cudarc, on a driver, a cuBLAS and an NVRTC that are made of the simulator: tests/fake_cuda.cpp.
+/// gpu/cuda.rs through cudarc, and gpu/nccl.rs, on a driver, a cuBLAS, an NVRTC and an NCCL that are made of the simulator: tests/fake_cuda.cpp.
 #[test]
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 fn cuda_calls_do_what_they_should() {
@@ -390,8 +394,8 @@ fn cuda_calls_do_what_they_should() {
     let source =
         format!("{}\n#line 1 \"fake_cuda.cpp\"\n{}", kernels::source(), include_str!("fake_cuda.cpp"));
     if skip_without_compiler(Simulator::build(&library, &source, &[])).is_some() {
-        for name in ["libcublas.so", "libnvrtc.so"] {
-            std::fs::copy(&library, folder.join(name)).unwrap();
+        for name in ["libcublas.so", "libnvrtc.so", "libnccl.so.2"] {
+            std::fs::hard_link(&library, folder.join(name)).unwrap();
         }
         let mut child = std::process::Command::new(std::env::current_exe().expect("this test"));
         child
@@ -411,8 +415,9 @@ fn cuda_calls_do_what_they_should() {
 fn on_a_fake_driver() {
     let found = rankgrad::gpu::devices().unwrap();
     assert_eq!(found[0].to_string(), "cuda:0: Simulated, 1.0 GiB, compute capability 9.0");
-    let error = Cuda::open(1).unwrap_err().to_string();
-    assert_eq!(error, "there is no cuda:1: the devices are 0 to 0");
+    let error = Cuda::open(2).unwrap_err().to_string();
+    assert_eq!(error, "there is no cuda:2: the devices are 0 to 1");
+    two_gpus();
     let cpu = Cpu::<f64>::default();
     for _ in 0..2 {
         let gpu = Cuda::open(0).unwrap(); // the second time from the cache
@@ -469,6 +474,74 @@ fn on_a_fake_driver() {
             said.contains("GPU cuda:0: 1.172 GiB asked for, ") && said.contains(" of 1.000 GiB free"),
             "{said}"
         );
+    }
+}
+
+/// Two tensors that each worker draws for itself.
+#[cfg(feature = "cuda")]
+fn own<B: Backend>(device: &B, worker: usize) -> [Tensor<B>; 2] {
+    [draw(device, worker as u64, &[50, 7]), draw(device, 9 + worker as u64, &[3])] // [50, 7], [3]
+}
+
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn two_gpus() {
+    let worker = |link: Arc<dyn Link>| {
+        let k = link.worker();
+        let gpu = Cuda::open(k).unwrap();
+        let nccl = Nccl::join(&gpu, link.clone()).unwrap();
+        let [mut x, mut y] = own(&gpu, k); // [50, 7], [3]
+        let before = x.clone(); // [50, 7]
+        nccl.all_reduce(vec![&mut x, &mut y]).unwrap();
+        assert_eq!(before.to_vec(), own(&gpu, k)[0].to_vec(), "who shares a buffer keeps it as it was");
+        let sums = [x, y].map(|x| x.to_f64());
+        let [mut x, mut y] = own(&gpu, k); // [50, 7], [3]
+        nccl.broadcast(vec![(1, &mut x), (0, &mut y)]).unwrap();
+        let handed_out = [x, y].map(|x| x.to_f64());
+        // the other comes, and is lost before it calls NCCL: nobody waits for it
+        if k == 1 {
+            link.exchange(vec![], &mut |_| vec![]).unwrap();
+            link.fail("lost");
+        } else {
+            let [mut x, _] = own(&gpu, k); // [50, 7]
+            for _ in 0..2 {
+                let why = nccl.all_reduce(vec![&mut x]).unwrap_err();
+                assert_eq!(why, Failed("worker 1 failed: lost".into()));
+            }
+        }
+        (sums, handed_out)
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let spawn = |link| scope.spawn(move || worker(link));
+        let running: Vec<_> = threads(2).into_iter().map(spawn).collect();
+        running.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let [[x0, y0], [x1, y1]] = [0, 1].map(|k| own(&Cpu::<f32>::default(), k));
+    let sums = [x0.add(&x1).to_f64(), y0.add(&y1).to_f64()];
+    for (sum, handed_out) in &results {
+        assert_eq!(sum, &sums);
+        assert_eq!(handed_out, &[x1.to_f64(), y0.to_f64()]);
+    }
+}
+
+/// Real NCCL with a single GPU, where there is one: that every call takes its arguments, and changes nothing.
+#[test]
+#[cfg(feature = "cuda")]
+fn nccl_on_one_gpu() {
+    let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") else {
+        return println!("skipped: RANKGRAD_TEST_GPU");
+    };
+    let gpu = Cuda::open(ordinal.parse().expect("a number")).unwrap_or_else(|why| panic!("{why}"));
+    match Nccl::join(&gpu, Arc::new(Alone)) {
+        Err(Failed(why)) if why.starts_with("libnccl") => println!("skipped: {why}"),
+        nccl => {
+            let nccl = nccl.unwrap();
+            let [mut x, mut y] = own(&gpu, 0); // [50, 7], [3]
+            nccl.all_reduce(vec![&mut x, &mut y]).unwrap();
+            nccl.broadcast(vec![(0, &mut x), (0, &mut y)]).unwrap();
+            for (x, y) in [x, y].iter().zip(own(&Cpu::<f32>::default(), 0)) {
+                assert_eq!(x.to_f64(), y.to_f64());
+            }
+        }
     }
 }
 

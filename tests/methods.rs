@@ -305,8 +305,8 @@ fn the_state_is_complete() {
             let mut next = make(&start());
             let (from, to) = (rule.state(), next.state());
             assert_eq!(from.len(), to.len());
-            for ((name, old), (to_name, new)) in from.into_iter().zip(to) {
-                assert_eq!(name, to_name);
+            for ((what, i, old), (to_what, to_i, new)) in from.into_iter().zip(to) {
+                assert_eq!((what, i), (to_what, to_i));
                 *new = old.clone();
             }
             rule = next;

@@ -437,9 +437,9 @@ fn distance_from_algorithm_1<T: Scalar>(pairs: Vec<FactorPair<Cpu<T>>>, seed: u6
     // what a checkpoint keeps: the momenta are averages (β and 1 − β), which O does not show
     let (all, state) = (naive.0.iter().flatten(), spectron.state());
     let momenta = &state[..2 * naive.0.len()];
-    for (want, (name, momentum)) in all.zip(momenta) {
+    for (want, (what, i, momentum)) in all.zip(momenta) {
         let error = (matrix(momentum) - &want.momentum).norm() / (want.momentum.len() as f64).sqrt(); // gradients are N(0, 1)
-        assert!(error < ROUNDING * unit::<T>(), "{name}: {error}");
+        assert!(error < ROUNDING * unit::<T>(), "{what}.{i}: {error}");
     }
     worst
 }

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rankgrad::parallel::Alone;
 use rankgrad::tensor::Backend;
 use serde::Serialize;
 
@@ -120,7 +122,7 @@ fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let mut trainer = Trainer::new(device, config).computing_on(compute);
+    let mut trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {

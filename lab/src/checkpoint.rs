@@ -145,8 +145,11 @@ impl Checkpoint {
             .map_err(|e| Error::new(format!("checkpoint {}: {e}", path.display())))
     }
 
-    /// With the tensors whose names begin with `prefix`.
-    fn from_bytes(bytes: &[u8], prefix: &str) -> Result<Self> {
+    /// Of a whole file, with the tensors whose names begin with `prefix`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`], but for reading.
+    pub fn from_bytes(bytes: &[u8], prefix: &str) -> Result<Self> {
         let damaged = |e: &dyn std::fmt::Display| {
             Error::new(format!(
                 "truncated, damaged or not a safetensors file ({e}); use an earlier checkpoint"

@@ -10,7 +10,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{ModelOptions, Overrides, Preset};
-use crate::device::Device;
+use crate::device::{Device, Devices};
 use crate::error::{Error, Result, cannot};
 use crate::generate::Sampling;
 use crate::model::Weights;
@@ -103,8 +103,14 @@ fn at_least_one() -> RangedU64ValueParser<usize> {
   rankgrad train --config runs/dense/config.toml --seed 2
   rankgrad train --resume runs/dense
   rankgrad train --from imported --data shakespeare.txt --lr 0.01
+  rankgrad train --devices cuda:0,cuda:1 --batch 64
+  torchrun --no-python --nproc-per-node 8 --nnodes 2 ... rankgrad train --device cuda --batch 256
 
-Flags win over --config, which wins over the preset. Ctrl-C saves a checkpoint and ends the run.")]
+Flags win over --config, which wins over the preset. Ctrl-C saves a checkpoint and ends the run.
+
+Several devices, or several processes that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe as torchrun sets \
+them, train one model: the same run as on one device but for rounding. Each process reads the data and, with --resume or --from, \
+the checkpoint; the first writes. See docs/gpu.md.")]
 pub struct TrainArgs {
     /// TOML file of `key = value` lines: the flags here with _ for -, such as rank_ratio = 0.5
     #[arg(long, value_name = "FILE")]
@@ -127,6 +133,10 @@ pub struct TrainArgs {
     pub tensorboard: bool,
     #[command(flatten)]
     pub on: DeviceOption,
+    /// Train on several devices at once, each with its part of every batch: cuda:0,cuda:1 or 0,1; or cpu,cpu to try it on a
+    /// processor, whose threads are shared out. --batch must divide among them
+    #[arg(long, value_name = "DEVICE,DEVICE", conflicts_with = "device")]
+    pub devices: Option<Devices>,
     #[command(flatten)]
     pub overrides: Overrides,
 }
@@ -695,6 +705,12 @@ mod tests {
             ("rank a b", "--to-ratio"),
             ("rank a b --to-ratio 0.5 --energy 0.9", "cannot be used with"),
             ("train --from a --resume b", "cannot be used with"),
+            ("train --device cpu --devices cpu,cpu", "cannot be used with"),
+            ("train --devices cuda:0,cpu", "do not train together"),
+            ("train --devices 0,1,cuda:0", "cuda:0 is there twice"),
+            ("train --devices cuda,0", "cuda:0 is there twice"),
+            ("train --devices cpu,auto", "`auto` is none of cpu, cuda, cuda:N and N"),
+            ("train --devices cpu,", "`` is none of cpu"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(says), "{line}: {error}");

@@ -1,17 +1,22 @@
-//! What there is to compute on: `devices` lists it, `--device` chooses. And what becomes of a device that fails.
+//! What there is to compute on: `devices` lists it, `--device` and `--devices` choose. And what becomes of a device that fails.
 
 use std::any::Any;
+use std::collections::HashSet;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use rankgrad::gpu::FAILURE;
-use rankgrad::tensor::Cpu;
+use rankgrad::parallel::{Alone, Link, ThroughHost};
+use rankgrad::tensor::{Backend, Cpu};
 
 use crate::config::Precision;
 use crate::error::{Error, Result};
+use crate::trainer::Together;
 
 /// What `--device` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     Cpu,
     Cuda(usize),
@@ -31,6 +36,67 @@ impl FromStr for Device {
                 _ => Err("one of cpu, cuda, cuda:N and auto".into()),
             },
         }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Auto => f.write_str("auto"),
+        }
+    }
+}
+
+/// What `--devices` says: one for each worker, all of one kind, no GPU twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Devices(pub Vec<Device>);
+
+impl FromStr for Devices {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let one = |name: &str| match (name.parse(), name.parse()) {
+            (Ok(ordinal), _) => Ok(Device::Cuda(ordinal)),
+            (_, Ok(device)) if device != Device::Auto => Ok(device),
+            _ => Err(format!("`{name}` is none of cpu, cuda, cuda:N and N, with a comma between two")),
+        };
+        let devices = text.split(',').map(one).collect::<std::result::Result<Vec<Device>, _>>()?;
+        let (cpus, gpus): (Vec<Device>, Vec<Device>) = devices.iter().partition(|&&d| d == Device::Cpu);
+        if !cpus.is_empty() && !gpus.is_empty() {
+            return Err("processors and GPUs do not train together: give one kind".into());
+        }
+        let mut seen = HashSet::new();
+        match gpus.iter().find(|&&gpu| !seen.insert(gpu)) {
+            Some(gpu) => Err(format!("{gpu} is there twice: each GPU is one worker")),
+            None => Ok(Self(devices)),
+        }
+    }
+}
+
+/// A backend on which several workers can train together.
+pub trait Join: Backend<Elem = f32> {
+    /// This worker's part in what they do together, over their link.
+    ///
+    /// # Errors
+    /// Whatever it is done with is missing or fails.
+    fn join(&self, link: Arc<dyn Link>) -> Result<Together<Self>>;
+}
+
+impl Join for Cpu<f32> {
+    fn join(&self, link: Arc<dyn Link>) -> Result<Together<Self>> {
+        Ok(if link.workers() == 1 { Arc::new(Alone) } else { Arc::new(ThroughHost(link)) })
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Join for rankgrad::gpu::Cuda<f32> {
+    fn join(&self, link: Arc<dyn Link>) -> Result<Together<Self>> {
+        if link.workers() == 1 {
+            return Ok(Arc::new(Alone));
+        }
+        let nccl = rankgrad::gpu::Nccl::join(self, link);
+        Ok(Arc::new(nccl.map_err(|why| Error::new(why.to_string()))?))
     }
 }
 
@@ -77,6 +143,15 @@ fn opened(device: Device) -> Result<Opened> {
             }
         },
     }
+}
+
+/// Whether there is a device of that number, without opening it.
+///
+/// # Errors
+/// Why there is none.
+pub fn check(device: Device) -> Result<()> {
+    let Device::Cuda(ordinal) = device else { return Ok(()) };
+    found(ordinal).map_err(|why| Error::new(format!("--device cuda: {why}; or use --device cpu")))
 }
 
 /// Evaluates an expression with `$device` bound to the opened backend, whichever it is, and `$compute` to the same in the
@@ -152,6 +227,13 @@ fn cuda(ordinal: usize) -> std::result::Result<Opened, String> {
     rankgrad::gpu::Cuda::open(ordinal).map(Opened::Cuda).map_err(|why| why.to_string())
 }
 
+#[cfg(feature = "cuda")]
+fn found(ordinal: usize) -> std::result::Result<(), String> {
+    use rankgrad::gpu::Unavailable::NoSuchDevice;
+    let count = rankgrad::gpu::devices().map_err(|why| why.to_string())?.len();
+    if ordinal < count { Ok(()) } else { Err(NoSuchDevice(ordinal, count).to_string()) }
+}
+
 #[cfg(not(feature = "cuda"))]
 const NOT_BUILT: &str = "this build has no GPU support; build with --features cuda";
 
@@ -162,5 +244,10 @@ fn gpus() -> std::result::Result<Vec<String>, String> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> std::result::Result<Opened, String> {
+    Err(NOT_BUILT.into())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn found(_: usize) -> std::result::Result<(), String> {
     Err(NOT_BUILT.into())
 }

@@ -35,6 +35,13 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {}
 
+/// Of work that several workers do together.
+impl From<rankgrad::parallel::Failed> for Error {
+    fn from(why: rankgrad::parallel::Failed) -> Self {
+        Error(why.0)
+    }
+}
+
 /// For `map_err`: "cannot read PATH: CAUSE".
 pub fn cannot<E: fmt::Display>(act: &str, path: &Path) -> impl FnOnce(E) -> Error {
     move |cause| Error(format!("cannot {act} {}: {cause}", path.display()))

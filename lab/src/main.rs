@@ -1,6 +1,6 @@
 //! `rankgrad`: train, evaluate, sample and inspect native low-rank language models.
 //!
-//! Reading order: model, methods (who moves it), trainer (one step), train (the loop); guide, flops; config, cli, data, tokens (words),
+//! Reading order: model, methods (who moves it), trainer (one step), train (the loop), workers (many at it); guide, flops; config, cli, data, tokens (words),
 //! checkpoint, run, tensorboard, progress, plot around it; generate, inspect, export and bench use what was trained; import brings models in,
 //! ranks changes their ranks; study/ compares many runs, report/ shows them, runs lists them; pack makes token files (shards) of text.
 //! Here: one function call per command, and one place where an error reaches the person.
@@ -36,6 +36,7 @@ mod train;
 mod trainer;
 #[cfg(feature = "tokenizers")]
 mod words;
+mod workers;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ use rankgrad::lowrank::{
     AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, Optimizer, Params, Radius, Renormalised,
     Rule, Spectron, SpectronConfig, shape_scale,
 };
+use rankgrad::parallel::Division;
 use rankgrad::tensor::{Backend, Tensor};
 
 use crate::config::{Config, LrScale, Method};
@@ -59,14 +60,27 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     }
 }
 
-/// The optimizer of a model under `config`.
-pub fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B, PairRule<B>> {
+/// Which worker updates which of a model's matrices: even in FLOPs.
+pub fn division<B: Backend>(config: &Config, params: &Params<B>, workers: usize) -> Division {
+    let flops = |w: &Tensor<B>| (entry::<B>(config.method).flops)(w.rows(), w.cols());
+    Division::new(&params.values, |pair| flops(&pair.a) + flops(&pair.b), flops, workers)
+}
+
+/// The optimizer of a model under `config`, for a worker's part of the matrices.
+pub fn optimizer<B: Backend>(
+    config: &Config,
+    params: &Params<B>,
+    division: &Division,
+    worker: usize,
+) -> Optimizer<B, PairRule<B>> {
     let values = &params.values;
-    let mut pairs: PairRule<B> = Box::new(adamw(config, AdamW::for_pairs(&values.pairs)));
-    let mut hidden: MatrixRule<B> = Box::new(adamw(config, AdamW::new(&values.hidden)));
+    let (own_pairs, own_hidden) = (division.pairs[worker].clone(), division.hidden[worker].clone());
+    let (part, matrices) = (&values.pairs[own_pairs.clone()], &values.hidden[own_hidden.clone()]);
+    let mut pairs: PairRule<B> = Box::new(adamw(config, AdamW::for_pairs(part)));
+    let mut hidden: MatrixRule<B> = Box::new(adamw(config, AdamW::new(matrices)));
     match entry(config.method).matrices {
-        Matrices::Factored(rule) => pairs = rule(config, &values.pairs),
-        Matrices::Dense(rule) => hidden = rule(config, &values.hidden),
+        Matrices::Factored(rule) => pairs = rule(config, part),
+        Matrices::Dense(rule) => hidden = rule(config, matrices),
         Matrices::Guided { .. } => {}
     }
     let scale = |m: usize, n: usize| match config.lr_scale {
@@ -79,6 +93,8 @@ pub fn optimizer<B: Backend>(config: &Config, params: &Params<B>) -> Optimizer<B
         dense: adamw(config, AdamW::new(&values.dense)),
         pair_scales: values.pairs.iter().map(|p| scale(p.outputs(), p.inputs())).collect(),
         hidden_scales: values.hidden.iter().map(|w| scale(w.rows(), w.cols())).collect(),
+        own_pairs,
+        own_hidden,
         steps: 0,
     }
 }

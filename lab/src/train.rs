@@ -1,17 +1,19 @@
 //! `train`: the loop around the step. Progress, validation, records, checkpoints, Ctrl-C, resume, starts from other weights.
 //!
-//! A study (study/) drives the same loop, many runs at a time. Not here: the step itself (trainer.rs).
+//! Every worker of a training runs the loop; the first alone shows, records and saves. A study (study/) drives the same loop, many
+//! runs at a time. Not here: the step itself (trainer.rs), where the workers are (workers.rs).
 
 use std::path::PathBuf;
 use std::time::Instant;
 
+use rankgrad::parallel::Failed;
 use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::TrainArgs;
 use crate::config::Config;
 use crate::data::Corpus;
-use crate::device::{self, on_device};
+use crate::device::{self, Join, on_device};
 use crate::error::{Error, Result};
 use crate::flops::step_flops;
 use crate::generate::{Sampling, sample};
@@ -20,7 +22,8 @@ use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
 use crate::tokens::Tokenizer;
-use crate::trainer::{Trainer, schedule, without_guides};
+use crate::trainer::{Halt, Together, Trainer, schedule, without_guides};
+use crate::workers::{self, Worker};
 
 /// Trains a new model, from drawn weights or a checkpoint's, or continues a run.
 ///
@@ -53,57 +56,68 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
-    let opened = device::open(args.on.device, config.precision)?;
+    let places = workers::places(args, &config)?;
     let corpus =
         Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
-    let run = match (&start, &args.resume) {
-        (Start::Resume(saved), Some(directory)) => {
-            same_corpus(&saved.meta, &corpus)?;
-            Run::resume(directory, saved.meta.step)?
-        }
-        _ => Run::create(&config)?,
-    };
-    let run = if args.tensorboard { run.with_tensorboard()? } else { run };
+    if let Start::Resume(saved) = &start {
+        same_corpus(&saved.meta, &corpus)?;
+    }
     catch_interrupts()?;
-    crate::pool(config.threads)?.install(|| {
-        on_device!(opened, |device, compute| {
-            train_on(&device, compute, args, &config, (&corpus, &tokenizer), run, start)
+    let work = |worker: &Worker, start| {
+        let opened = device::open(worker.device, config.precision)?;
+        crate::pool(worker.threads)?.install(|| {
+            on_device!(opened, |device, compute| {
+                let together = device.join(worker.link.clone())?;
+                train_on(&device, compute, together, args, &config, (&corpus, &tokenizer), start)
+            })
         })
-    })
+    };
+    workers::run(&places, start, work)
 }
 
-/// The run, begun or gone on with, to its end or to where it is stopped; forward and backward are computed on `compute`.
+/// The run, begun or gone on with, to its end or to where it is stopped; by one of its workers. Forward and backward are computed on
+/// `compute`.
 fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
     device: &B,
     compute: C,
+    together: Together<B>,
     args: &TrainArgs,
     config: &Config,
     (corpus, tokenizer): (&Corpus, &Tokenizer),
-    run: Run,
     start: Start,
 ) -> Result<()> {
-    let mut training = Loop::new(device, config, (corpus, tokenizer), run, start)?;
+    let first = together.link().worker() == 0;
+    let run = match (&start, &args.resume) {
+        _ if !first => None,
+        (Start::Resume(saved), Some(directory)) => Some(Run::resume(directory, saved.meta.step)?),
+        _ => Some(Run::create(config)?),
+    };
+    let run = if args.tensorboard { run.map(Run::with_tensorboard).transpose()? } else { run };
+    let mut training = Loop::new(device, together, config, (corpus, tokenizer), run, start)?;
     training.trainer = training.trainer.computing_on(compute);
-    let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), args.quiet);
+    training.of_one_mind(args.stop_after)?;
+    let quiet = args.quiet || !first;
+    let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), quiet);
     progress.note(&format!("data: {}", corpus.summary));
     let params = training.trainer.params.count();
-    progress.note(&format!("run: {} ({params} parameters)", training.run.directory.display()));
+    let directory = training.run.as_ref().map(|run| run.directory.display().to_string()).unwrap_or_default();
+    progress.note(&format!("run: {directory} ({params} parameters)"));
     match training.run(args.stop_after, &mut progress)? {
-        End::Finished(summary) => training.show(&summary, args.quiet),
+        End::Finished(summary) if first => training.show(&summary, args.quiet),
         End::Diverged { reason, .. } => Err(Error::new(format!(
             "{reason}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip"
         ))),
-        End::Stopped(checkpoint) => {
+        End::Stopped(Some(checkpoint)) => {
             let why = if interrupted() { "interrupted" } else { "stopped as asked" };
             eprintln!(
-                "{why} after step {} of {}; saved {}. Continue with: rankgrad train --resume {}",
+                "{why} after step {} of {}; saved {}. Continue with: rankgrad train --resume {directory}",
                 training.trainer.steps(),
                 config.steps,
                 checkpoint.display(),
-                training.run.directory.display()
             );
             Ok(())
         }
+        End::Finished(_) | End::Stopped(None) => Ok(()), // the first says it
     }
 }
 
@@ -123,6 +137,7 @@ pub fn same_corpus(meta: &Meta, corpus: &Corpus) -> Result<()> {
 }
 
 /// Where a run begins.
+#[derive(Clone)]
 pub enum Start {
     /// With drawn weights.
     New,
@@ -136,8 +151,8 @@ pub enum Start {
 pub enum End {
     /// All steps are done and final.json is written.
     Finished(Summary),
-    /// Ctrl-C, or the step to stop after; the checkpoint that continues it.
-    Stopped(PathBuf),
+    /// Ctrl-C, or the step to stop after; the checkpoint that continues it, which the first worker has written.
+    Stopped(Option<PathBuf>),
     /// A loss or gradient was not finite: at which step, and a sentence that says where.
     Diverged { step: u64, reason: String },
 }
@@ -147,7 +162,8 @@ pub struct Loop<'a, B: Backend> {
     config: &'a Config,
     corpus: &'a Corpus,
     tokenizer: &'a Tokenizer,
-    run: Run,
+    /// None: another worker has it.
+    run: Option<Run>,
     trainer: Trainer<B>,
     /// Tokens, seconds and best loss so far.
     meta: Meta,
@@ -160,27 +176,56 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
     /// A checkpoint that does not fit the configuration.
     pub fn new(
         device: &B,
+        together: Together<B>,
         config: &'a Config,
         (corpus, tokenizer): (&'a Corpus, &'a Tokenizer),
-        run: Run,
+        run: Option<Run>,
         start: Start,
     ) -> Result<Self> {
         let mut meta = Meta::new(config, corpus);
         let trainer = match start {
-            Start::New => Trainer::new(device, config),
-            Start::From(weights) => Trainer::from_weights(device, config, *weights)?,
+            Start::New => Trainer::new(device, together, config),
+            Start::From(weights) => Trainer::from_weights(device, together, config, *weights)?,
             Start::Resume(saved) => {
                 meta = Meta { config: config.clone(), ..saved.meta.clone() };
-                Trainer::resumed(device, config, *saved)?
+                Trainer::resumed(device, together, config, *saved)?
             }
         };
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
+    /// Workers in several processes may have been started differently, and then would wait for each other, or train nonsense.
+    ///
+    /// # Errors
+    /// One that has other options, other data or another checkpoint than the first.
+    fn of_one_mind(&self, stop_after: Option<usize>) -> Result<()> {
+        // where things are, and how many threads there are, is each machine's own business
+        let config =
+            Config { threads: 0, data: vec![], val_data: vec![], tokenizer: None, ..self.config.clone() };
+        let (config, sha256) = (config.to_toml()?, &self.corpus.sha256);
+        let mine = format!("{config}\n{sha256}\n{}\n{stop_after:?}", self.trainer.steps());
+        let other = self.trainer.link().exchange(mine.into_bytes(), &mut |said| {
+            let other = said.iter().position(|mine| *mine != said[0]);
+            other.map_or(String::new(), |worker| worker.to_string()).into_bytes()
+        })?;
+        match String::from_utf8_lossy(&other) {
+            none if none.is_empty() => Ok(()),
+            worker => Err(Error::new(format!(
+                "worker {worker} has other options, other data or another checkpoint than worker 0; start all alike"
+            ))),
+        }
+    }
+
+    /// Whether some worker was interrupted, so that all stop at one step.
+    fn interrupted(&self) -> std::result::Result<bool, Failed> {
+        let [count] = self.trainer.link().sums([f64::from(u8::from(interrupted()))])?;
+        Ok(count > 0.0)
+    }
+
     /// Trains to the end, to the step `stop_after`, or to Ctrl-C.
     ///
     /// # Errors
-    /// A file that cannot be written. A run that diverges is an [`End`].
+    /// A file that cannot be written; another worker that has failed. A run that diverges is an [`End`].
     pub fn run(&mut self, stop_after: Option<usize>, progress: &mut Progress) -> Result<End> {
         let config = self.config;
         let steps = config.steps as u64;
@@ -191,11 +236,12 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         if self.trainer.steps() == 0 {
             self.save()?; // so that a run that dies early can be resumed too
         }
-        while self.trainer.steps() < last && !interrupted() {
+        while self.trainer.steps() < last && !self.interrupted()? {
             let step = self.trainer.steps();
             let done = step + 1;
             let due = |every: usize| every > 0 && done.is_multiple_of(every as u64);
-            let before = due(config.telemetry_every).then(|| self.trainer.matrices());
+            let seen = due(config.telemetry_every);
+            let before = (seen && self.run.is_some()).then(|| self.trainer.matrices());
             let start = Instant::now();
             let factor = schedule.factor(step);
             let micro = |i: usize| {
@@ -204,7 +250,10 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             let batches: Vec<_> = (0..config.accumulate).map(micro).collect();
             let outcome = match self.trainer.step(&batches, factor) {
                 Ok(outcome) => outcome,
-                Err(error) => return Ok(End::Diverged { step: step + 1, reason: error.to_string() }),
+                Err(Halt::Failed(why)) => return Err(why.into()),
+                Err(Halt::Diverged(why)) => {
+                    return Ok(End::Diverged { step: step + 1, reason: why.to_string() });
+                }
             };
             let seconds = start.elapsed().as_secs_f64();
             self.meta.tokens += tokens_per_step;
@@ -214,17 +263,20 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             speed = if speed == 0.0 { now } else { 0.95 * speed + 0.05 * now };
 
             progress.step(done, outcome.loss, config.lr * factor, speed);
-            let val_loss = (due(config.eval_every) && done < steps).then(|| {
-                let (loss, _) = self.trainer.validate(self.corpus, config.eval_batches);
-                progress.note(&format!(
-                    "step {done}: training loss {:.4}, validation loss {loss:.4}",
-                    outcome.loss
-                ));
-                loss
-            });
-            let telemetry = before.map(|before| self.trainer.telemetry(&before, factor));
-            if due(config.log_every) || telemetry.is_some() || val_loss.is_some() || done == steps {
-                self.run.log(&Record {
+            let mut val_loss = None;
+            if due(config.eval_every) && done < steps {
+                let loss = self.trainer.validate(self.corpus, config.eval_batches)?;
+                let training = outcome.loss;
+                progress
+                    .note(&format!("step {done}: training loss {training:.4}, validation loss {loss:.4}"));
+                val_loss = Some(loss);
+            }
+            let reports = if seen { self.trainer.reports()? } else { Vec::new() };
+            let telemetry = before.map(|before| self.trainer.telemetry(&before, &reports, factor));
+            let recorded =
+                due(config.log_every) || telemetry.is_some() || val_loss.is_some() || done == steps;
+            if let (true, Some(run)) = (recorded, &mut self.run) {
+                run.log(&Record {
                     step: done,
                     loss: Some(outcome.loss),
                     val_loss,
@@ -255,22 +307,28 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         }
     }
 
-    fn save(&mut self) -> Result<PathBuf> {
-        let mut checkpoint = self.trainer.checkpoint(self.meta.clone());
-        checkpoint.tokenizer = self.tokenizer.json().map(str::to_owned);
-        self.run.save(&checkpoint)
+    fn save(&mut self) -> Result<Option<PathBuf>> {
+        let checkpoint = self.trainer.checkpoint(self.meta.clone())?;
+        let tokenizer = self.tokenizer.json().map(str::to_owned);
+        match (checkpoint, &self.run) {
+            (Some(checkpoint), Some(run)) => {
+                Some(run.save(&Checkpoint { tokenizer, ..checkpoint })).transpose()
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Validates on the whole split and writes final.json.
     fn finish(&mut self) -> Result<End> {
         let config = self.config;
-        let (val_loss, _) = self.trainer.validate(self.corpus, 0);
+        let val_loss = self.trainer.validate(self.corpus, 0)?;
         if !val_loss.is_finite() {
             let step = config.steps as u64;
             let reason = format!("step {step}: after its update the validation loss is not finite");
             return Ok(End::Diverged { step, reason });
         }
-        let [max_update_over_w, max_update_over_eta] = self.run.largest_updates()?;
+        let largest = self.run.as_ref().map(Run::largest_updates).transpose()?;
+        let [max_update_over_w, max_update_over_eta] = largest.unwrap_or_default();
         let summary = Summary {
             val_loss,
             val_bits_per_byte: self.corpus.bits_per_byte(val_loss),
@@ -287,14 +345,14 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             seed: config.seed,
         };
         self.note_best(Some(val_loss));
-        self.run.finish(&summary)?;
+        self.run.as_mut().map_or(Ok(()), |run| run.finish(&summary))?;
         Ok(End::Finished(summary))
     }
 
     /// Draws the losses, prints the outcome, and unless `quiet` a sample.
     fn show(&self, summary: &Summary, quiet: bool) -> Result<()> {
         let config = self.config;
-        let directory = &self.run.directory;
+        let Some(Run { directory, .. }) = &self.run else { return Ok(()) };
         let records = read_metrics(&directory.join("metrics.jsonl"))?;
         let mut curve = Curve::new(directory.display().to_string(), &records);
         curve.validation.push((config.steps as f64, summary.val_loss));

@@ -132,12 +132,12 @@ fn this_machine_gets_an_answer_too() {
     assert!(answer.contains("\ncuda:0:") == error.contains("there is no cuda:99"), "{error}");
 }
 
-/// The whole program on a driver, a cuBLAS and an NVRTC that are made of the kernels' simulator (tests/fake_cuda.cpp).
+/// The whole program on a driver, a cuBLAS, an NVRTC and an NCCL that are made of the kernels' simulator (tests/fake_cuda.cpp).
 #[test]
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     use rankgrad::gpu::{Simulator, kernels};
-    let small = "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 3\n";
+    let small = "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 4\n";
     let desk = common::Desk::new(small);
     let source = format!("{}\n{}", kernels::source(), include_str!("../../tests/fake_cuda.cpp"));
     match Simulator::build(&desk.path("libcuda.so"), &source, &[]) {
@@ -145,27 +145,39 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         built => built.unwrap(),
     }
     for name in ["libcublas.so", "libnvrtc.so"] {
-        std::fs::copy(desk.path("libcuda.so"), desk.path(name)).unwrap();
+        std::fs::hard_link(desk.path("libcuda.so"), desk.path(name)).unwrap();
     }
-    let run = |line: &str| {
+    let command = |line: &str| {
         let mut command = desk.command(line);
         command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+        command.env("RANKGRAD_CUDA_LIBS", desk.path("nothing")).env("PATH", "").env_remove("VIRTUAL_ENV");
         let output = command.output().unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{line}: {errors}");
-        String::from_utf8(output.stdout).unwrap()
+        (output.status.success(), [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap()))
     };
-    assert!(run("devices").ends_with("cuda:0: Simulated, 1.0 GiB, compute capability 9.0\n"));
-    let loss = |device: &str| {
-        let train = "train --data text --config small.toml --quiet --steps 6 --telemetry-every 3";
-        run(&format!("{train} --stop-after 3 --out {device} --device {device}"));
-        run(&format!("train --resume {device} --quiet --device {device}"));
-        let json = std::fs::read_to_string(desk.path(device).join("final.json")).unwrap();
+    let run = |line: &str| match command(line) {
+        (true, [said, _]) => said,
+        (false, [_, errors]) => panic!("{line}: {errors}"),
+    };
+    let line = |n| format!("cuda:{n}: Simulated, 1.0 GiB, compute capability 9.0\n");
+    assert!(run("devices").ends_with(&(line(0) + &line(1))));
+    let train = "train --data text --config small.toml --quiet --steps 6 --telemetry-every 3";
+    let loss = |[out, first, then]: [&str; 3]| {
+        run(&format!("{train} --stop-after 3 --out {out} {first}"));
+        run(&format!("train --resume {out} --quiet {then}"));
+        let json = std::fs::read_to_string(desk.path(out).join("final.json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         json["val_loss"].as_f64().unwrap()
     };
-    let [cpu, gpu] = ["cpu", "cuda"].map(loss);
+    // two GPUs need NCCL, and what there is of it here, if anything, wants another driver
+    let (success, [_, errors]) = command(&format!("{train} --out none --devices 0,1"));
+    assert!(!success && errors.lines().count() == 1, "{errors}");
+    assert!(errors.starts_with("error: libnccl is neither") || errors.contains("NCCL"), "{errors}");
+    std::fs::hard_link(desk.path("libcuda.so"), desk.path("libnccl.so.2")).unwrap();
+    let cpu = loss(["cpu", "--device cpu", "--device cpu"]);
+    let gpu = loss(["cuda", "--device cuda", "--devices cuda"]);
+    let two = loss(["two", "--devices cuda:0,cuda:1", "--device cuda:1"]);
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
+    assert!((cpu - two).abs() < 1e-4, "{cpu}, on two GPUs {two}");
     // in bf16, and gone on with in it
     let train =
         "train --data text --config small.toml --quiet --steps 6 --precision bf16 --device cuda --out half";

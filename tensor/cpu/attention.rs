@@ -423,7 +423,7 @@ mod tests {
                     * (1.0 + 2.0 * i as f64 / (tk * kv_heads * h) as f64)
             }); // [tk, kv_heads·h]
             let (v, dout) = (draw(tk, kv_heads * h, 2, 1.0), draw(tq, heads * h, 5, 1.0)); // [tk, kv_heads·h], [tq, heads·h]
-            let [o, lse] = attention(&q, &k, &v, how);
+            let (o, lse) = attention(&q, &k, &v, how);
             let [dq, dk, dv] = attention_grad([&q, &k, &v], &o, &lse, &dout, how);
             let [mut want_dk, mut want_dv] = [(); 2].map(|()| vec![0.0; tk * kv_heads * h]);
             let row = |x: &Cpus<f64>, i: usize, j: usize| x.buffer()[i * x.cols() + j * h..][..h].to_vec();

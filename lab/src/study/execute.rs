@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rankgrad::parallel::Alone;
 use rankgrad::tensor::Cpu;
 
 use crate::checkpoint::{self, Checkpoint};
@@ -193,7 +194,8 @@ impl Study<'_> {
         };
         let end = crate::pool(self.threads)?.install(|| {
             let mut progress = Progress::counting(trained.clone());
-            Loop::new(&Cpu::default(), &config, (self.corpus, self.tokenizer), run, start)?
+            let data = (self.corpus, self.tokenizer);
+            Loop::new(&Cpu::default(), Arc::new(Alone), &config, data, Some(run), start)?
                 .run(None, &mut progress)
         })?;
         match end {

@@ -1,0 +1,124 @@
+//! Several workers that train one model together, by data parallelism: each has the whole model and computes the gradients of its
+//! rows of every batch; these are summed over the workers; then each worker updates its part of the matrices, and hands it out.
+//!
+//! A worker is what MPI, NCCL and torchrun call a rank: that word is taken here. From below: [`Link`], which carries bytes between
+//! hosts (link.rs: threads of this process, or TCP), [`Collective`], which sums and hands out tensors ([`ThroughHost`] over any
+//! link, gpu/nccl.rs between GPUs), [`Division`] (who updates what). [`Alone`] is a single worker, whose tensors nothing touches.
+//! Not here: what is exchanged when, which is the training loop's business.
+
+mod division;
+mod link;
+mod tcp;
+
+pub use division::{Division, even_runs};
+pub use link::{Failed, Link, threads};
+pub use tcp::tcp;
+
+use crate::tensor::{Backend, Tensor};
+use std::sync::Arc;
+
+/// What the workers do together with tensors. All of them make the same calls, in one order, with tensors of the same shapes.
+pub trait Collective<B: Backend>: Send + Sync {
+    /// The way to the other workers' hosts.
+    fn link(&self) -> &dyn Link;
+    /// Each tensor becomes its sum over the workers: the same bits for every worker.
+    ///
+    /// # Errors
+    /// Another worker has failed, or the way to it.
+    fn all_reduce(&self, tensors: Vec<&mut Tensor<B>>) -> Result<(), Failed>;
+    /// Each tensor becomes that of the worker whose number stands beside it.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`].
+    fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed>;
+}
+
+/// The only worker.
+#[derive(Clone, Copy, Debug)]
+pub struct Alone;
+
+impl Link for Alone {
+    fn worker(&self) -> usize {
+        0
+    }
+    fn workers(&self) -> usize {
+        1
+    }
+    fn exchange(
+        &self,
+        mine: Vec<u8>,
+        answer: &mut dyn FnMut(Vec<Vec<u8>>) -> Vec<u8>,
+    ) -> Result<Vec<u8>, Failed> {
+        Ok(answer(vec![mine]))
+    }
+    fn fail(&self, _: &str) {}
+    fn failure(&self) -> Option<Failed> {
+        None
+    }
+}
+
+impl<B: Backend> Collective<B> for Alone {
+    fn link(&self) -> &dyn Link {
+        self
+    }
+    fn all_reduce(&self, _: Vec<&mut Tensor<B>>) -> Result<(), Failed> {
+        Ok(())
+    }
+    fn broadcast(&self, _: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed> {
+        Ok(())
+    }
+}
+
+/// Tensors by way of the hosts: on any backend and over any link, worker 0 adding up in the order of the workers. Made to be right
+/// on every machine, not to be fast: GPUs have NCCL.
+pub struct ThroughHost(pub Arc<dyn Link>);
+
+impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
+    fn link(&self) -> &dyn Link {
+        &*self.0
+    }
+
+    fn all_reduce(&self, tensors: Vec<&mut Tensor<B>>) -> Result<(), Failed> {
+        let mine = tensors.iter().flat_map(|x| x.to_vec()).flat_map(f32::to_le_bytes).collect();
+        let add = &mut |parts: Vec<Vec<u8>>| {
+            let mut parts = parts.iter();
+            let mut sum: Vec<f32> = parts.next().map(|first| floats(first).collect()).unwrap_or_default();
+            for part in parts {
+                sum.iter_mut().zip(floats(part)).for_each(|(sum, x)| *sum += x);
+            }
+            sum.into_iter().flat_map(f32::to_le_bytes).collect()
+        };
+        let sums = self.0.exchange(mine, add)?;
+        let mut sums = floats(&sums);
+        for x in tensors {
+            *x = Tensor::from_vec(x.device(), x.shape(), sums.by_ref().take(x.len()).collect()); // like x
+        }
+        Ok(())
+    }
+
+    fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed> {
+        let own = tensors.iter().filter(|(owner, _)| *owner == self.0.worker());
+        let mine = own.flat_map(|(_, x)| x.to_vec()).flat_map(f32::to_le_bytes).collect();
+        let shapes: Vec<(usize, usize)> = tensors.iter().map(|(owner, x)| (*owner, x.len())).collect();
+        let in_order = &mut |parts: Vec<Vec<u8>>| {
+            let mut parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+            let next = |&(owner, len): &(usize, usize)| {
+                let (x, rest) = parts[owner].split_at(len * size_of::<f32>());
+                parts[owner] = rest;
+                x
+            };
+            shapes.iter().flat_map(next).copied().collect()
+        };
+        let all = self.0.exchange(mine, in_order)?;
+        let mut all = floats(&all);
+        for (_, x) in tensors {
+            *x = Tensor::from_vec(x.device(), x.shape(), all.by_ref().take(x.len()).collect()); // like x
+        }
+        Ok(())
+    }
+}
+
+/// The f32 of little-endian bytes.
+fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes)
+}
