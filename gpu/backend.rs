@@ -266,7 +266,7 @@ impl<T: OnGpu> From<&mut Tensor<Cuda<T>>> for Arg {
 #[cfg(feature = "cuda")]
 pub(super) fn address(x: &mut Tensor<Cuda<f32>>) -> Address {
     let len = x.len();
-    checked(x.buffer_mut(), len).address()
+    checked::<f32>(x.buffer_mut(), len).address()
 }
 
 /// Panics unless all have the first one's length: kernels rely on it.
