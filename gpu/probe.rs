@@ -147,7 +147,8 @@ pub(super) fn compiler() -> Result<(), Unavailable> {
 /// NCCL, opened. Only what trains on several GPUs asks for it.
 pub(super) fn nccl_library() -> Result<Library, Unavailable> {
     // SAFETY: as in `look`
-    let by_name = || ["libnccl.so.2", "libnccl.so"].into_iter().find_map(|name| unsafe { Library::new(name) }.ok());
+    let by_name =
+        || ["libnccl.so.2", "libnccl.so"].into_iter().find_map(|name| unsafe { Library::new(name) }.ok());
     opened("nccl", &["nccl"], || by_name().is_some())?;
     by_name().ok_or_else(|| Unavailable::NoLibrary("nccl", directories()))
 }

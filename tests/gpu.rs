@@ -487,7 +487,9 @@ fn two_gpus() {
 #[test]
 #[cfg(feature = "cuda")]
 fn nccl_on_one_gpu() {
-    let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") else { return println!("skipped: RANKGRAD_TEST_GPU") };
+    let Ok(ordinal) = std::env::var("RANKGRAD_TEST_GPU") else {
+        return println!("skipped: RANKGRAD_TEST_GPU");
+    };
     let gpu = Cuda::open(ordinal.parse().expect("a number")).unwrap_or_else(|why| panic!("{why}"));
     match Nccl::join(&gpu, Arc::new(Alone)) {
         Err(Failed(why)) if why.starts_with("libnccl") => println!("skipped: {why}"),

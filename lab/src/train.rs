@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use rankgrad::parallel::Failed;
+use rankgrad::parallel::{Failed, Link};
 use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
@@ -84,6 +84,7 @@ fn train_on<B: Backend<Elem = f32>>(
     (corpus, tokenizer): (&Corpus, &Tokenizer),
     start: Start,
 ) -> Result<()> {
+    of_one_mind(together.link(), args, config, corpus, &start)?;
     let first = together.link().worker() == 0;
     let run = match (&start, &args.resume) {
         _ if !first => None,
@@ -92,7 +93,6 @@ fn train_on<B: Backend<Elem = f32>>(
     };
     let run = if args.tensorboard { run.map(Run::with_tensorboard).transpose()? } else { run };
     let mut training = Loop::new(device, together, config, (corpus, tokenizer), run, start)?;
-    training.of_one_mind(args.stop_after)?;
     let quiet = args.quiet || !first;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), quiet);
     progress.note(&format!("data: {}", corpus.summary));
@@ -115,6 +115,36 @@ fn train_on<B: Backend<Elem = f32>>(
             Ok(())
         }
         End::Finished(_) | End::Stopped(None) => Ok(()), // the first says it
+    }
+}
+
+/// Workers in several processes may have been started differently, and then would wait for each other, or train nonsense.
+///
+/// # Errors
+/// One that has other options, other data or another checkpoint than the first.
+fn of_one_mind(
+    link: &dyn Link,
+    args: &TrainArgs,
+    config: &Config,
+    corpus: &Corpus,
+    start: &Start,
+) -> Result<()> {
+    // where things are, and how many threads there are, is each machine's own business
+    let config = Config { threads: 0, data: vec![], val_data: vec![], tokenizer: None, ..config.clone() };
+    let step = match start {
+        Start::New => None,
+        Start::From(saved) | Start::Resume(saved) => Some(saved.meta.step),
+    };
+    let mine = format!("{}\n{}\n{step:?}\n{:?}", config.to_toml()?, corpus.sha256, args.stop_after);
+    let other = link.exchange(mine.into_bytes(), &mut |said| {
+        let other = said.iter().position(|mine| *mine != said[0]);
+        other.map_or(String::new(), |worker| worker.to_string()).into_bytes()
+    })?;
+    match String::from_utf8_lossy(&other) {
+        none if none.is_empty() => Ok(()),
+        worker => Err(Error::new(format!(
+            "worker {worker} has other options, other data or another checkpoint than worker 0; start all alike"
+        ))),
     }
 }
 
@@ -191,27 +221,6 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
     }
 
-    /// Workers in several processes may have been started differently, and then would wait for each other, or train nonsense.
-    ///
-    /// # Errors
-    /// One that has other options, other data or another checkpoint than the first.
-    fn of_one_mind(&self, stop_after: Option<usize>) -> Result<()> {
-        // where things are, and how many threads there are, is each machine's own business
-        let config = Config { threads: 0, data: vec![], val_data: vec![], tokenizer: None, ..self.config.clone() };
-        let (config, sha256) = (config.to_toml()?, &self.corpus.sha256);
-        let mine = format!("{config}\n{sha256}\n{}\n{stop_after:?}", self.trainer.steps());
-        let other = self.trainer.link().exchange(mine.into_bytes(), &mut |said| {
-            let other = said.iter().position(|mine| *mine != said[0]);
-            other.map_or(String::new(), |worker| worker.to_string()).into_bytes()
-        })?;
-        match String::from_utf8_lossy(&other) {
-            none if none.is_empty() => Ok(()),
-            worker => Err(Error::new(format!(
-                "worker {worker} has other options, other data or another checkpoint than worker 0; start all alike"
-            ))),
-        }
-    }
-
     /// Whether some worker was interrupted, so that all stop at one step.
     fn interrupted(&self) -> std::result::Result<bool, Failed> {
         let [count] = self.trainer.link().sums([f64::from(u8::from(interrupted()))])?;
@@ -269,7 +278,8 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             }
             let reports = if seen { self.trainer.reports()? } else { Vec::new() };
             let telemetry = before.map(|before| self.trainer.telemetry(&before, &reports, factor));
-            let recorded = due(config.log_every) || telemetry.is_some() || val_loss.is_some() || done == steps;
+            let recorded =
+                due(config.log_every) || telemetry.is_some() || val_loss.is_some() || done == steps;
             if let (true, Some(run)) = (recorded, &mut self.run) {
                 run.log(&Record {
                     step: done,
@@ -306,7 +316,9 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         let checkpoint = self.trainer.checkpoint(self.meta.clone())?;
         let tokenizer = self.tokenizer.json().map(str::to_owned);
         match (checkpoint, &self.run) {
-            (Some(checkpoint), Some(run)) => Some(run.save(&Checkpoint { tokenizer, ..checkpoint })).transpose(),
+            (Some(checkpoint), Some(run)) => {
+                Some(run.save(&Checkpoint { tokenizer, ..checkpoint })).transpose()
+            }
             _ => Ok(None),
         }
     }

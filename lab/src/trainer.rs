@@ -94,7 +94,8 @@ const LONG: usize = 1 << 18;
 /// second-level cache when the next reads it.
 const TOKENS: usize = 128;
 
-/// What sequences added, of a lane or of all that a worker has: `loss` and `grads` are sums over their tokens, divided by the tokens of the whole step.
+/// What sequences added, of a lane or of all that a worker has: `loss` and `grads` are sums over their tokens, divided by the tokens
+/// of the whole step.
 struct Pass<B: Backend> {
     loss: f64,
     grads: Values<B>,
@@ -297,7 +298,8 @@ impl<B: Backend> Trainer<B> {
         let own = own.flat_map(|r| [r.sigma_a, r.sigma_b, r.rho, r.shrink]).flat_map(f64::to_le_bytes);
         let all = self.link().exchange(own.collect(), &mut |parts| parts.concat())?; // a worker's pairs are in one run
         let numbers: Vec<f64> = all.as_chunks().0.iter().copied().map(f64::from_le_bytes).collect();
-        let report = |&[sigma_a, sigma_b, rho, shrink]: &[f64; 4]| StepReport { sigma_a, sigma_b, rho, shrink };
+        let report =
+            |&[sigma_a, sigma_b, rho, shrink]: &[f64; 4]| StepReport { sigma_a, sigma_b, rho, shrink };
         Ok(numbers.as_chunks().0.iter().map(report).collect())
     }
 
@@ -415,7 +417,8 @@ impl<B: Backend<Elem = f32>> Trainer<B> {
     pub fn checkpoint(&mut self, meta: Meta) -> Result<Option<Checkpoint>> {
         let meta = Meta { step: self.optimizer.steps, ..meta };
         let first = self.link().worker() == 0;
-        let state = self.optimizer.state().into_iter().filter(|(name, _)| first || !name.starts_with("dense."));
+        let state =
+            self.optimizer.state().into_iter().filter(|(name, _)| first || !name.starts_with("dense."));
         let state = state.map(|(name, x)| (format!("opt.{name}"), host(x))).collect();
         let mut all = Checkpoint { meta, tokenizer: None, tensors: state };
         if self.link().workers() > 1 {
@@ -856,7 +859,8 @@ mod tests {
             let config = Config { steps: 10, ..divided(method) }; // guides are there for half of them
             let (want, _) = course(&mut start(&Cpu::default(), &config), 0..10);
             for workers in [2, 4] {
-                let all = each(workers, |it| start_with(&Cpu::default(), it, &config), |it| course(it, 0..10));
+                let all =
+                    each(workers, |it| start_with(&Cpu::default(), it, &config), |it| course(it, 0..10));
                 let error = apart(&all[0].0, &want);
                 println!("{method:?} by {workers}: {error:.1e}");
                 assert!(error < 1e-5, "{method:?} by {workers}: {error:e}");
@@ -874,7 +878,8 @@ mod tests {
             let saved_by = |workers| {
                 each(workers, new, |trainer| {
                     course(trainer, 0..3);
-                    let state: Vec<String> = trainer.optimizer.state().into_iter().map(|(name, _)| name).collect();
+                    let state: Vec<String> =
+                        trainer.optimizer.state().into_iter().map(|(name, _)| name).collect();
                     (state, trainer.reports().unwrap(), trainer.checkpoint(meta()).unwrap())
                 })
             };
@@ -890,7 +895,8 @@ mod tests {
             // what the rule reports, in the order of the pairs. Certificates are renewed in an order that depends on the division
             assert_eq!(two[0].1.len(), one[0].1.len());
             if method == Method::Spectron {
-                let rho = |reports: &[StepReport]| reports.iter().map(|report| report.rho).collect::<Vec<_>>();
+                let rho =
+                    |reports: &[StepReport]| reports.iter().map(|report| report.rho).collect::<Vec<_>>();
                 assert!(apart(&rho(&two[0].1), &rho(&one[0].1)) < 1e-5 && two[0].1 == two[1].1);
             }
             // to the bit with as many workers, to rounding with others
@@ -928,7 +934,9 @@ mod tests {
                 _ => panic!("it went on"),
             },
         );
-        assert!(ends[0].starts_with("step 1: the loss is not finite; the first such value is in the parameter"));
+        assert!(
+            ends[0].starts_with("step 1: the loss is not finite; the first such value is in the parameter")
+        );
         assert!(ends.iter().all(|end| *end == ends[0]), "{ends:?}");
     }
 

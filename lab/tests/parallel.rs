@@ -129,7 +129,9 @@ fn processes_train_one_model() {
     for (success, errors) in both([&line.replace("processes", "x"), &format!("{line} --seed 2")]) {
         assert!(!success && errors.contains("worker 1 has other options, other data"), "{errors}");
     }
-    for (success, errors) in both([&format!("{line} --devices cpu,cpu"), &format!("{line} --devices cpu,cpu")]) {
+    for (success, errors) in
+        both([&format!("{line} --devices cpu,cpu"), &format!("{line} --devices cpu,cpu")])
+    {
         assert!(!success && errors.starts_with("error: --devices is for one process"), "{errors}");
     }
 }
