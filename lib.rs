@@ -4,8 +4,8 @@
 //! [`tour`] shows what there is, in programs that run.
 //!
 //! Reading order: [`tensor`] (shapes, the [`tensor::Backend`] trait, the CPU), [`autograd`] (the tape, then the ops: forward
-//! with its backward below it), [`lowrank`] (pairs, Newton–Schulz, power iteration, Spectron). The README has a shorter path,
-//! with line counts, and examples/ one idea per file.
+//! with its backward below it), [`lowrank`] (pairs, Newton–Schulz, power iteration, Spectron); [`parallel`] is for several
+//! workers. The README has a shorter path, with line counts, and examples/ one idea per file.
 //!
 //! ```
 //! use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};

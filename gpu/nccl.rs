@@ -43,9 +43,9 @@ macro_rules! table {
             /// From the library of this machine, which stays open: it has threads of its own.
             fn open() -> Result<Self, Failed> {
                 let library = nccl_library().map_err(|why| Failed(why.to_string()))?;
-                let missing = |why: libloading::Error| Failed(format!("NCCL is too old: {why}"));
+                let missing = |name| move |_| Failed(format!("NCCL is too old: it has no {name}"));
                 // SAFETY: the types are those of nccl.h
-                let api = unsafe { Self { $($name: *library.get($symbol).map_err(missing)?,)* } };
+                let api = unsafe { Self { $($name: *library.get($symbol).map_err(missing($symbol))?,)* } };
                 std::mem::forget(library);
                 Ok(api)
             }
@@ -56,7 +56,6 @@ macro_rules! table {
 table! {
     unique_id = "ncclGetUniqueId": fn(*mut UniqueId) -> Code;
     init = "ncclCommInitRank": fn(*mut Communicator, c_int, UniqueId, c_int) -> Code;
-    destroy = "ncclCommDestroy": fn(Communicator) -> Code;
     abort = "ncclCommAbort": fn(Communicator) -> Code;
     state = "ncclCommGetAsyncError": fn(Communicator, *mut Code) -> Code;
     message = "ncclGetErrorString": fn(Code) -> *const c_char;
@@ -207,11 +206,11 @@ impl Collective<Cuda<f32>> for Nccl {
 impl Drop for Nccl {
     fn drop(&mut self) {
         let communicator = self.communicator.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let Some(own) = communicator.take() else { return };
-        // in an orderly end all workers come here; otherwise nobody is waited for
-        let orderly = !std::thread::panicking() && self.link.failure().is_none();
-        // SAFETY: used for the last time
-        unsafe { if orderly { (self.api.destroy)(own) } else { (self.api.abort)(own) } };
+        if let Some(own) = communicator.take() {
+            // not ncclCommDestroy, which may wait for the others; there is nothing to wait for, since every group was
+            // SAFETY: used for the last time
+            unsafe { (self.api.abort)(own) };
+        }
     }
 }
 

@@ -79,14 +79,14 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
     }
 
     fn all_reduce(&self, tensors: Vec<&mut Tensor<B>>) -> Result<(), Failed> {
-        let mine = tensors.iter().flat_map(|x| x.to_vec()).flat_map(f32::to_le_bytes).collect();
+        let mine = bytes(&tensors.iter().map(|x| x.to_vec()).collect::<Vec<_>>().concat());
         let add = &mut |parts: Vec<Vec<u8>>| {
             let mut parts = parts.iter();
             let mut sum: Vec<f32> = parts.next().map(|first| floats(first).collect()).unwrap_or_default();
             for part in parts {
                 sum.iter_mut().zip(floats(part)).for_each(|(sum, x)| *sum += x);
             }
-            sum.into_iter().flat_map(f32::to_le_bytes).collect()
+            bytes(&sum)
         };
         let sums = self.0.exchange(mine, add)?;
         let mut sums = floats(&sums);
@@ -98,8 +98,8 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
 
     fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed> {
         let own = tensors.iter().filter(|(owner, _)| *owner == self.0.worker());
-        let mine = own.flat_map(|(_, x)| x.to_vec()).flat_map(f32::to_le_bytes).collect();
-        let shapes: Vec<(usize, usize)> = tensors.iter().map(|(owner, x)| (*owner, x.len())).collect();
+        let mine = bytes(&own.map(|(_, x)| x.to_vec()).collect::<Vec<_>>().concat());
+        let owned: Vec<(usize, usize)> = tensors.iter().map(|(owner, x)| (*owner, x.len())).collect();
         let in_order = &mut |parts: Vec<Vec<u8>>| {
             let mut parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
             let next = |&(owner, len): &(usize, usize)| {
@@ -107,7 +107,7 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
                 parts[owner] = rest;
                 x
             };
-            shapes.iter().flat_map(next).copied().collect()
+            owned.iter().map(next).collect::<Vec<_>>().concat()
         };
         let all = self.0.exchange(mine, in_order)?;
         let mut all = floats(&all);
@@ -118,7 +118,13 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
     }
 }
 
-/// The f32 of little-endian bytes.
+/// What travels: little-endian.
+fn bytes(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; size_of_val(values)];
+    bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, x)| *to = x.to_le_bytes());
+    bytes
+}
+
 fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
     bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes)
 }

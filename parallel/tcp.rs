@@ -5,7 +5,7 @@
 
 use super::link::{Failed, Line, Link, Message, Star};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,14 +40,14 @@ pub fn tcp(
 }
 
 /// Worker 0: waits for the others. Strangers are sent away.
-fn gather(workers: usize, host: &str, port: u16, until: Instant) -> Result<Vec<TcpStream>, String> {
+fn gather(workers: usize, host: &str, port: u16, until: Instant) -> Result<Vec<Wire>, String> {
     // on this machine alone, or on all its networks: its name may be an address that only itself has
     let place = if matches!(host, "localhost" | "127.0.0.1") { "127.0.0.1" } else { "0.0.0.0" };
     let cannot =
         |e: io::Error| format!("cannot listen at {place}:{port}: {e}; give a free port in MASTER_PORT");
     let listener = TcpListener::bind((place, port)).map_err(cannot)?;
     listener.set_nonblocking(true).map_err(cannot)?;
-    let mut lines: Vec<Option<TcpStream>> = (1..workers).map(|_| None).collect();
+    let mut lines: Vec<Option<Wire>> = (1..workers).map(|_| None).collect();
     while let Some(missing) = lines.iter().position(Option::is_none) {
         match listener.accept() {
             Ok((stream, _)) => {
@@ -70,7 +70,7 @@ fn gather(workers: usize, host: &str, port: u16, until: Instant) -> Result<Vec<T
 }
 
 /// Hears who it is, and answers.
-fn welcome(mut stream: TcpStream, workers: usize, until: Instant) -> Option<(usize, TcpStream)> {
+fn welcome(mut stream: TcpStream, workers: usize, until: Instant) -> Option<(usize, Wire)> {
     let mut hello = [0; 16];
     stream.set_nonblocking(false).ok()?;
     stream.set_read_timeout(Some(remaining(until).min(Duration::from_secs(5)))).ok()?;
@@ -82,11 +82,11 @@ fn welcome(mut stream: TcpStream, workers: usize, until: Instant) -> Option<(usi
     }
     stream.write_all(&HELLO).ok()?;
     prepare(&stream).ok()?;
-    Some((worker, stream))
+    Some((worker, Wire(stream)))
 }
 
 /// Another worker: comes to worker 0.
-fn reach(worker: usize, workers: usize, host: &str, port: u16, until: Instant) -> Result<TcpStream, String> {
+fn reach(worker: usize, workers: usize, host: &str, port: u16, until: Instant) -> Result<Wire, String> {
     let mut hello = HELLO.to_vec();
     hello.extend([worker, workers].iter().flat_map(|&number| (number as u32).to_le_bytes()));
     let attempt = || -> io::Result<TcpStream> {
@@ -109,7 +109,7 @@ fn reach(worker: usize, workers: usize, host: &str, port: u16, until: Instant) -
     };
     loop {
         match attempt() {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok(Wire(stream)),
             Err(error) if Instant::now() > until => {
                 return Err(format!(
                     "cannot reach worker 0 at {host}:{port}: {error}; check MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
@@ -131,7 +131,20 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_write_timeout(Some(SILENCE))
 }
 
-impl Line for TcpStream {
+/// A line between two processes.
+struct Wire(TcpStream);
+
+impl Drop for Wire {
+    /// Hangs up when the other has too, or after a second: closed with something unread, a connection is reset, and the last words
+    /// that it still carried are lost.
+    fn drop(&mut self) {
+        self.0.shutdown(Shutdown::Write).ok();
+        self.0.set_read_timeout(Some(Duration::from_secs(1))).ok();
+        io::copy(&mut self.0, &mut io::sink()).ok();
+    }
+}
+
+impl Line for Wire {
     fn send(&mut self, message: &Message) -> io::Result<()> {
         let (tag, bytes) = match message {
             Ok(bytes) => (BYTES, bytes.as_slice()),
@@ -139,16 +152,16 @@ impl Line for TcpStream {
         };
         let mut head = vec![tag];
         head.extend((bytes.len() as u64).to_le_bytes());
-        self.write_all(&head)?;
-        self.write_all(bytes)
+        self.0.write_all(&head)?;
+        self.0.write_all(bytes)
     }
 
     fn receive(&mut self) -> io::Result<Message> {
         let mut head = [0; 9];
-        self.read_exact(&mut head)?;
+        self.0.read_exact(&mut head)?;
         let len = u64::from_le_bytes(head[1..].try_into().expect("8 bytes"));
         let mut bytes = Vec::new(); // grows with what comes: a length alone takes no memory
-        if Read::by_ref(self).take(len).read_to_end(&mut bytes)? as u64 != len {
+        if Read::by_ref(&mut self.0).take(len).read_to_end(&mut bytes)? as u64 != len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         match head[0] {
@@ -160,9 +173,9 @@ impl Line for TcpStream {
 
     fn failure(&mut self) -> Option<String> {
         let mut tag = [0];
-        self.set_nonblocking(true).ok()?;
-        let seen = self.peek(&mut tag);
-        self.set_nonblocking(false).ok()?;
+        self.0.set_nonblocking(true).ok()?;
+        let seen = self.0.peek(&mut tag);
+        self.0.set_nonblocking(false).ok()?;
         match seen {
             Ok(1) if tag == [FAILURE] => self.receive().ok()?.err(),
             Ok(0) => Some("a worker has ended early".into()),

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use rankgrad::parallel::Failed;
+use rankgrad::parallel::{Failed, Link};
 use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
@@ -86,6 +86,7 @@ fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
     (corpus, tokenizer): (&Corpus, &Tokenizer),
     start: Start,
 ) -> Result<()> {
+    of_one_mind(together.link(), args, config, corpus, &start)?;
     let first = together.link().worker() == 0;
     let run = match (&start, &args.resume) {
         _ if !first => None,
@@ -95,7 +96,6 @@ fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
     let run = if args.tensorboard { run.map(Run::with_tensorboard).transpose()? } else { run };
     let mut training = Loop::new(device, together, config, (corpus, tokenizer), run, start)?;
     training.trainer = training.trainer.computing_on(compute);
-    training.of_one_mind(args.stop_after)?;
     let quiet = args.quiet || !first;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), quiet);
     progress.note(&format!("data: {}", corpus.summary));
@@ -118,6 +118,36 @@ fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
             Ok(())
         }
         End::Finished(_) | End::Stopped(None) => Ok(()), // the first says it
+    }
+}
+
+/// Workers in several processes may have been started differently, and then would wait for each other, or train nonsense.
+///
+/// # Errors
+/// One that has other options, other data or another checkpoint than the first.
+fn of_one_mind(
+    link: &dyn Link,
+    args: &TrainArgs,
+    config: &Config,
+    corpus: &Corpus,
+    start: &Start,
+) -> Result<()> {
+    // where things are, and how many threads there are, is each machine's own business
+    let config = Config { threads: 0, data: vec![], val_data: vec![], tokenizer: None, ..config.clone() };
+    let step = match start {
+        Start::New => None,
+        Start::From(saved) | Start::Resume(saved) => Some(saved.meta.step),
+    };
+    let mine = format!("{}\n{}\n{step:?}\n{:?}", config.to_toml()?, corpus.sha256, args.stop_after);
+    let other = link.exchange(mine.into_bytes(), &mut |said| {
+        let other = said.iter().position(|mine| *mine != said[0]);
+        other.map_or(String::new(), |worker| worker.to_string()).into_bytes()
+    })?;
+    match String::from_utf8_lossy(&other) {
+        none if none.is_empty() => Ok(()),
+        worker => Err(Error::new(format!(
+            "worker {worker} has other options, other data or another checkpoint than worker 0; start all alike"
+        ))),
     }
 }
 
@@ -192,28 +222,6 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             }
         };
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
-    }
-
-    /// Workers in several processes may have been started differently, and then would wait for each other, or train nonsense.
-    ///
-    /// # Errors
-    /// One that has other options, other data or another checkpoint than the first.
-    fn of_one_mind(&self, stop_after: Option<usize>) -> Result<()> {
-        // where things are, and how many threads there are, is each machine's own business
-        let config =
-            Config { threads: 0, data: vec![], val_data: vec![], tokenizer: None, ..self.config.clone() };
-        let (config, sha256) = (config.to_toml()?, &self.corpus.sha256);
-        let mine = format!("{config}\n{sha256}\n{}\n{stop_after:?}", self.trainer.steps());
-        let other = self.trainer.link().exchange(mine.into_bytes(), &mut |said| {
-            let other = said.iter().position(|mine| *mine != said[0]);
-            other.map_or(String::new(), |worker| worker.to_string()).into_bytes()
-        })?;
-        match String::from_utf8_lossy(&other) {
-            none if none.is_empty() => Ok(()),
-            worker => Err(Error::new(format!(
-                "worker {worker} has other options, other data or another checkpoint than worker 0; start all alike"
-            ))),
-        }
     }
 
     /// Whether some worker was interrupted, so that all stop at one step.

@@ -96,7 +96,8 @@ const LONG: usize = 1 << 18;
 /// second-level cache when the next reads it.
 const TOKENS: usize = 128;
 
-/// What sequences added, of a lane or of all that a worker has: `loss` and `grads` are sums over their tokens, divided by the tokens of the whole step.
+/// What sequences added, of a lane or of all that a worker has: `loss` and `grads` are sums over their tokens, divided by the tokens
+/// of the whole step.
 struct Pass<B: Backend> {
     loss: f64,
     grads: Values<B>,
@@ -911,8 +912,13 @@ mod tests {
 
     fn divided(method: Method) -> Config {
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let rates_of = match method {
+            Method::SpectronCertified => Method::Spectron,
+            Method::SelfGuided => Method::Adamw,
+            other => other,
+        };
         // clipped, so that the scale of the gradients, to which Spectron and AdamW are blind, shows in the update too
-        Config { batch: 4, clip: 0.1, ..config(method, &reference) }
+        Config { method, batch: 4, clip: 0.1, ..config(rates_of, &reference) }
     }
 
     #[test]
@@ -925,20 +931,22 @@ mod tests {
         }
     }
 
-    /// Only the order of sums differs: over 10 steps that may grow to what a run in f32 has against PyTorch's in f64, which
-    /// `ten_steps_agree_with_pytorch` holds below 1e-5. Rows that are taken twice or left out, a mean of means that is not one,
-    /// gradients that are not summed and matrices that are not handed out all deviate by more than 1e-3.
+    /// Only the order of sums differs, by some roundings of 6e-8 in each gradient. Ten steps of Spectron or Muon pass that on without
+    /// growth (7e-8 in losses and norms was seen); AdamW divides by roots of second moments near 0, and has what f32 has there against
+    /// PyTorch's f64, below 1e-5. Rows taken twice or left out, a mean of means that is none, gradients that are not summed and matrices
+    /// that are not handed out deviate by more than 1e-3.
     #[test]
     fn several_workers_take_the_steps_of_one() {
         for method in [Method::Spectron, Method::DenseMuon, Method::SelfGuided, Method::Adamw] {
             let config = Config { steps: 10, ..divided(method) }; // guides are there for half of them
-            let (want, _) = course(&mut start(&Cpu::default(), &config), 0..10);
+            let new = |it: Together<Cpu<f32>>| Trainer::new(&Cpu::default(), it, &config);
+            let (want, _) = course(&mut new(Arc::new(Alone)), 0..10);
+            let tolerance = if matches!(method, Method::Spectron | Method::DenseMuon) { 1e-6 } else { 1e-5 };
             for workers in [2, 4] {
-                let all =
-                    each(workers, |it| start_with(&Cpu::default(), it, &config), |it| course(it, 0..10));
+                let all = each(workers, new, |it| course(it, 0..10));
                 let error = apart(&all[0].0, &want);
                 println!("{method:?} by {workers}: {error:.1e}");
-                assert!(error < 1e-5, "{method:?} by {workers}: {error:e}");
+                assert!(error < tolerance, "{method:?} by {workers}: {error:e}");
                 assert!(all.iter().all(|one| *one == all[0]), "{method:?}: all have the same bits");
             }
         }

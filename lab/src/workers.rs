@@ -13,7 +13,7 @@ use rankgrad::parallel::{Alone, Link, tcp, threads};
 
 use crate::cli::TrainArgs;
 use crate::config::Config;
-use crate::device::{Device, check};
+use crate::device::{Device, Devices, check};
 use crate::error::{Error, Result};
 
 /// One worker of this process.
@@ -30,15 +30,15 @@ pub struct Worker {
 /// A device that is not there; a batch that does not divide; variables that make no sense, or a worker that does not come.
 pub fn places(args: &TrainArgs, config: &Config) -> Result<Vec<Worker>> {
     let launched = Launched::from(|name| env::var(name).ok())?;
-    let (devices, workers) = match (&launched, &args.devices) {
+    let (devices, workers, here) = match (&launched, &args.devices) {
         (Some(_), Some(_)) => {
             return Err(Error::new(
                 "--devices is for one process, and WORLD_SIZE says that there are several, each with its own; give --device",
             ));
         }
-        (Some(launched), None) => (vec![launched.device(args.on.device)?], launched.workers),
-        (None, Some(devices)) => (devices.0.clone(), devices.0.len()),
-        (None, None) => (vec![args.on.device], 1),
+        (Some(it), None) => (vec![it.device(args.on.device)?], it.workers, it.here),
+        (None, Some(Devices(devices))) => (devices.clone(), devices.len(), devices.len()),
+        (None, None) => (vec![args.on.device], 1, 1),
     };
     if !config.batch.is_multiple_of(workers) {
         return Err(Error::new(format!(
@@ -53,7 +53,7 @@ pub fn places(args: &TrainArgs, config: &Config) -> Result<Vec<Worker>> {
         None => threads(workers),
     };
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (config.threads, devices.len()) {
+    let threads = match (config.threads, here) {
         (asked, 1) => asked,
         (0, here) => (cores / here).max(1),
         (asked, here) => (asked / here).max(1),
@@ -117,8 +117,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 struct Launched {
     worker: usize,
     workers: usize,
-    /// The number among the processes of this machine.
+    /// The number among the processes of this machine, and how many those are.
     local: usize,
+    here: usize,
     address: String,
     port: u16,
 }
@@ -147,11 +148,13 @@ impl Launched {
         if worker >= workers {
             return Err(Error::new(format!("RANK is {worker}: it must be below WORLD_SIZE, {workers}")));
         }
+        let here = variable("LOCAL_WORLD_SIZE").map(|text| number("LOCAL_WORLD_SIZE", Some(text)));
         let address = variable("MASTER_ADDR").unwrap_or("127.0.0.1".into());
         let port: u16 = number("MASTER_PORT", variable("MASTER_PORT"))?;
         // torchrun itself listens at the port where it says so
         let taken = variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
-        Ok(Some(Self { worker, workers, local, address, port: port.wrapping_add(u16::from(taken)) }))
+        let (here, port) = (here.transpose()?.unwrap_or(1).max(1), port.wrapping_add(u16::from(taken)));
+        Ok(Some(Self { worker, workers, local, here, address, port }))
     }
 
     fn device(&self, asked: Device) -> Result<Device> {
@@ -216,9 +219,12 @@ mod tests {
         };
         assert_eq!(from(""), Ok(None));
         assert_eq!(from("WORLD_SIZE=1 RANK=0"), Ok(None));
-        let all = "WORLD_SIZE=4 RANK=3 LOCAL_RANK=1 MASTER_ADDR=node0 MASTER_PORT=29500";
+        let all = "WORLD_SIZE=4 RANK=3 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=node0 MASTER_PORT=29500";
         let got = from(all).unwrap().unwrap();
-        assert_eq!(got, Launched { worker: 3, workers: 4, local: 1, address: "node0".into(), port: 29500 });
+        assert_eq!(
+            got,
+            Launched { worker: 3, workers: 4, local: 1, here: 2, address: "node0".into(), port: 29500 }
+        );
         assert_eq!(from(&format!("{all} TORCHELASTIC_USE_AGENT_STORE=True")).unwrap().unwrap().port, 29501);
         assert_eq!(got.device(Device::Cuda(0)).unwrap(), Device::Cuda(1));
         assert_eq!(got.device(Device::Cpu).unwrap(), Device::Cpu);
@@ -226,6 +232,7 @@ mod tests {
         for (text, says) in [
             ("WORLD_SIZE=x", "WORLD_SIZE is `x`: it must be a number"),
             ("WORLD_SIZE=2", "RANK is not set"),
+            ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=- MASTER_PORT=1", "LOCAL_WORLD_SIZE is `-`"),
             ("WORLD_SIZE=2 RANK=2 LOCAL_RANK=0", "RANK is 2: it must be below WORLD_SIZE, 2"),
             ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=0", "MASTER_PORT is not set"),
             ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=0 MASTER_PORT=99999", "MASTER_PORT is `99999`"),
