@@ -216,7 +216,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         said.contains(" GiB asked for after ") && said.contains("smaller --batch or --context"),
         "{said}"
     );
-    let said = fails("RANKGRAD_FAKE_FAILS", "attention_dq_1");
+    let said = fails("RANKGRAD_FAKE_FAILS", "attention_dq_1_f32");
     assert!(said.starts_with("error: GPU cuda:0: attention_dq_1: ") && said.lines().count() == 1, "{said}");
     assert!(said.contains(" in the backward of attention (lab/src/model.rs:"), "{said}");
 }
