@@ -299,7 +299,7 @@ fn planted_bugs_are_found() {
     let run = |source: &str| {
         let opened = skip_without_compiler(Simulator::with(source, &["-O1"]))?;
         let device = Cuda::on(Arc::new(opened));
-        Some([is_right::<f32>(&device, 5), is_right::<Bf16>(&device, 5)])
+        Some([is_right::<f32>(&device, 10), is_right::<Bf16>(&device, 10)])
     };
     let source = kernels::source();
     let Some(right) = run(&source) else { return };
