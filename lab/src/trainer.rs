@@ -932,7 +932,7 @@ mod tests {
     }
 
     /// Only the order of sums differs, by some roundings of 6e-8 in each gradient. Ten steps of Spectron or Muon pass that on without
-    /// growth (7e-8 in losses and norms was seen); AdamW divides by roots of second moments near 0, and has what f32 has there against
+    /// growth (7e-8 in losses and norms was seen, for AdamW too); but AdamW divides by roots of second moments near 0, and has what f32 has there against
     /// PyTorch's f64, below 1e-5. Rows taken twice or left out, a mean of means that is none, gradients that are not summed and matrices
     /// that are not handed out deviate by more than 1e-3.
     #[test]
