@@ -171,8 +171,13 @@ impl<L: Line> Link for Star<L> {
     fn failure(&self) -> Option<Failed> {
         let mut inner = self.lines();
         let Lines { lines, failed } = &mut *inner;
-        if failed.is_none() {
-            *failed = lines.iter_mut().find_map(L::failure).map(Failed);
+        if failed.is_none()
+            && let Some(why) = lines.iter_mut().find_map(L::failure)
+        {
+            for line in lines {
+                line.send(&Err(why.clone())).ok(); // from worker 0 on to the others, who wait for it
+            }
+            *failed = Some(Failed(why));
         }
         failed.clone()
     }
