@@ -132,8 +132,10 @@ impl<L: Line> Link for Star<L> {
     ) -> Result<Vec<u8>, Failed> {
         let mut inner = self.lines();
         let Lines { lines, failed } = &mut *inner;
-        if let Some(failed) = failed {
-            return Err(failed.clone());
+        if let Some(why) = failed.clone() {
+            drop(inner);
+            self.fail(&why.0); // the others may not know
+            return Err(why);
         }
         let mut round = || {
             if self.worker > 0 {
