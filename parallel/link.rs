@@ -109,9 +109,9 @@ impl<L: Line> Star<L> {
 
     fn tell(&self, line: &mut L, i: usize, message: &Message) -> Result<(), Failed> {
         // one that has failed has said why before it hung up
-        line.send(message).or_else(|error| match self.hear(line, i) {
-            Err(why) => Err(why),
-            Ok(_) => Err(Failed(format!("worker {} cannot be reached: {error}", self.peer(i)))),
+        line.send(message).map_err(|error| match self.hear(line, i) {
+            Err(why) => why,
+            Ok(_) => Failed(format!("worker {} cannot be reached: {error}", self.peer(i))),
         })
     }
 }
@@ -132,10 +132,8 @@ impl<L: Line> Link for Star<L> {
     ) -> Result<Vec<u8>, Failed> {
         let mut inner = self.lines();
         let Lines { lines, failed } = &mut *inner;
-        if let Some(why) = failed.clone() {
-            drop(inner);
-            self.fail(&why.0); // the others may not know
-            return Err(why);
+        if let Some(failed) = failed {
+            return Err(failed.clone());
         }
         let mut round = || {
             if self.worker > 0 {
