@@ -444,17 +444,17 @@ mod tests {
                     let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
                     let p: Vec<f64> = scores.iter().map(|s| (s - top).exp() / total).collect();
                     let (mut want_o, mut want_dq) = (vec![0.0; h], vec![0.0; h]);
-                    for t in 0..keys {
+                    for (t, p) in p.iter().enumerate() {
                         let v = row(&v, t, kv);
-                        (0..h).for_each(|c| want_o[c] += p[t] * v[c]);
+                        (0..h).for_each(|c| want_o[c] += p * v[c]);
                     }
-                    for t in 0..keys {
-                        let ds = scale * p[t] * (dot(&d, &row(&v, t, kv)) - dot(&d, &want_o));
+                    for (t, p) in p.iter().enumerate() {
+                        let ds = scale * p * (dot(&d, &row(&v, t, kv)) - dot(&d, &want_o));
                         let k = row(&k, t, kv);
                         for c in 0..h {
                             want_dq[c] += ds * k[c];
                             want_dk[(t * kv_heads + kv) * h + c] += ds * q[c];
-                            want_dv[(t * kv_heads + kv) * h + c] += p[t] * d[c];
+                            want_dv[(t * kv_heads + kv) * h + c] += p * d[c];
                         }
                     }
                     close("o", &row(&o, i, j), &want_o);
