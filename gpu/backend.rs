@@ -128,22 +128,24 @@ impl<T: OnGpu> Cuda<T> {
         y
     }
 
-    /// Σ over all elements, by a kernel that writes one f64 for each block.
-    fn total(kernel: &'static str, x: &Tensor<Self>) -> f64 {
-        let device = x.device();
-        let threads = threads(x.len());
-        let blocks = blocks(x.len(), threads).min(512);
-        let parts = device.alloc(blocks * size_of::<f64>());
-        // SAFETY: (x, parts, n)
-        unsafe {
-            device.launch(
-                kernel,
-                [blocks, 1, 1],
-                threads,
-                &[x.into(), (&parts).into(), (x.len() as u64).into()],
-            );
+    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each block.
+    fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
+        let Some(first) = xs.first() else { return Vec::new() };
+        let device = first.device();
+        let grid = |x: &&Tensor<Self>| (threads(x.len()), blocks(x.len(), threads(x.len())).min(512));
+        let grids: Vec<(u32, usize)> = xs.iter().map(grid).collect();
+        let parts = device.alloc(grids.iter().map(|(_, blocks)| blocks).sum::<usize>() * size_of::<f64>());
+        let mut own = parts.address();
+        for (&x, &(threads, blocks)) in xs.iter().zip(&grids) {
+            // SAFETY: (x, parts, n); the parts of each tensor lie behind those of the tensors before
+            unsafe {
+                device.launch(kernel, [blocks, 1, 1], threads, args![x, own, x.len() as u64]);
+            }
+            own += (blocks * size_of::<f64>()) as u64;
         }
-        device.fetch::<f64>(&parts).iter().sum()
+        let parts = device.fetch::<f64>(&parts);
+        let mut parts = parts.iter();
+        grids.iter().map(|&(_, blocks)| parts.by_ref().take(blocks).sum()).collect()
     }
 }
 
@@ -362,10 +364,10 @@ impl<T: OnGpu> Backend for Cuda<T> {
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
-        Self::total("sum", x)
+        Self::totals("sum", &[x])[0]
     }
-    fn norm(x: &Tensor<Self>) -> f64 {
-        Self::total("sum_squares", x).sqrt()
+    fn norms(xs: &[&Tensor<Self>]) -> Vec<f64> {
+        Self::totals("sum_squares", xs).into_iter().map(f64::sqrt).collect()
     }
 
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {

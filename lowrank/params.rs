@@ -52,7 +52,7 @@ impl<B: Backend> Values<B> {
 
     /// The norm of all elements together.
     pub fn norm(&self) -> f64 {
-        self.tensors().map(|x| x.norm().powi(2)).sum::<f64>().sqrt()
+        B::norms(&self.tensors().collect::<Vec<_>>()).iter().map(|norm| norm.powi(2)).sum::<f64>().sqrt()
     }
 
     /// Number of elements.

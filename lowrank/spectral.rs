@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
 /// u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖; σ ≈ uᵀWv, which is ‖Wᵀu‖ as v stands. The vectors `u` are kept between calls: a matrix
-/// that moves little needs one step per call. For W·v = 0 the estimate is 0 and u stays.
+/// that moves little needs one step per call. For W·v = 0 u stays, and for Wᵀu = 0 the estimate is 0.
 ///
 /// # Panics
 /// If a u does not have as many elements as its W has rows.
@@ -17,22 +17,24 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
     for (w, u) in ws.iter().zip(&*us) {
         product_shape("power_iteration", w.t(), u.into());
     }
-    let one = |(w, u): (&&Tensor<B>, &mut Tensor<B>)| {
-        let mut v = w.t().matmul(&*u); // [q, 1]
-        let mut sigma = v.norm() / u.norm();
+    let some = |(ws, us): (&[&Tensor<B>], &mut [Tensor<B>])| -> Vec<f64> {
+        let norms = |xs: &[Tensor<B>]| B::norms(&xs.iter().collect::<Vec<_>>());
+        let back = |us: &[Tensor<B>]| ws.iter().zip(us).map(|(w, u)| w.t().matmul(u)).collect::<Vec<_>>(); // [q, 1] each
         for _ in 0..steps {
-            let (next, norm) = unit(&w.matmul(&unit(&v).0)); // [p, 1]
-            if norm == 0.0 {
-                return 0.0;
+            let vs = units(&back(us).iter().collect::<Vec<_>>()); // [q, 1] each
+            let next: Vec<_> = ws.iter().zip(&vs).map(|(w, (v, _))| w.matmul(v)).collect(); // [p, 1] each
+            for (u, (next, norm)) in us.iter_mut().zip(units(&next.iter().collect::<Vec<_>>())) {
+                if norm != 0.0 {
+                    *u = next;
+                }
             }
-            *u = next;
-            v = w.t().matmul(&*u); // [q, 1]
-            sigma = v.norm();
         }
-        sigma
+        let lengths = if steps > 0 { vec![1.0; us.len()] } else { norms(us) };
+        norms(&back(us)).iter().zip(lengths).map(|(v, u)| v / u).collect()
     };
     let bytes = ws.first().map_or(0, |w| w.len() * size_of::<B::Elem>());
-    ws.par_iter().zip(us).with_min_len(items_per_task::<B>(bytes)).map(one).collect()
+    let each = items_per_task::<B>(bytes);
+    ws.par_chunks(each).zip(us.par_chunks_mut(each)).flat_map_iter(some).collect()
 }
 
 /// An estimate of σ(W), from below up to rounding: `steps` of power iteration from [`start_vector`].
@@ -45,17 +47,19 @@ pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
     power_iteration(&[w], &mut [start_vector(w.device(), p)], steps)[0]
 }
 
-/// x/‖x‖ (x itself if it is zero) and ‖x‖. In two factors where 1/‖x‖ is not a normal number of the element type.
-pub(super) fn unit<B: Backend>(x: &Tensor<B>) -> (Tensor<B>, f64) {
-    let norm = x.norm();
-    if norm == 0.0 {
-        return (x.clone(), 0.0); // like x
-    }
-    if (1e-30..1e30).contains(&norm) {
-        return (x.scale(1.0 / norm), norm); // like x
-    }
-    let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
-    (nearer.scale(1.0 / nearer.norm()), norm) // like x
+/// x/‖x‖ (x itself if it is zero) and ‖x‖ of each x. In two factors where 1/‖x‖ is not a normal number of the element type.
+pub(super) fn units<B: Backend>(xs: &[&Tensor<B>]) -> Vec<(Tensor<B>, f64)> {
+    let one = |(x, norm): (&&Tensor<B>, f64)| {
+        if norm == 0.0 {
+            return ((*x).clone(), 0.0); // like x
+        }
+        if (1e-30..1e30).contains(&norm) {
+            return (x.scale(1.0 / norm), norm); // like x
+        }
+        let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
+        (nearer.scale(1.0 / nearer.norm()), norm) // like x
+    };
+    xs.iter().zip(B::norms(xs)).map(one).collect()
 }
 
 /// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not

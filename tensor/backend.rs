@@ -43,8 +43,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>);
     /// Σ x.
     fn sum(x: &Tensor<Self>) -> f64;
-    /// √Σx², scaled so that it neither overflows nor underflows.
-    fn norm(x: &Tensor<Self>) -> f64;
+    /// √Σx² of each tensor, scaled so that it neither overflows nor underflows. A device is waited for once, however many there are.
+    fn norms(xs: &[&Tensor<Self>]) -> Vec<f64>;
 
     /// `y = f(x)` per element.
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self>;

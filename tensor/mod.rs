@@ -220,7 +220,7 @@ impl<B: Backend> Tensor<B> {
 
     /// The Frobenius norm √Σx², without overflow or underflow on the way; NaN if an element is NaN.
     pub fn norm(&self) -> f64 {
-        B::norm(self)
+        B::norms(&[self])[0]
     }
 
     /// Whether every element is finite.

@@ -1,13 +1,10 @@
 //! What there is to compute on: `devices` lists it, `--device` and `--devices` choose. And what becomes of a device that fails.
 
-use std::any::Any;
 use std::collections::HashSet;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use rankgrad::gpu::FAILURE;
 use rankgrad::parallel::{Alone, Link, ThroughHost};
 use rankgrad::tensor::{Backend, Cpu};
 
@@ -186,9 +183,15 @@ pub(crate) use on_device;
 ///
 /// # Errors
 /// Those of `work`, and the device's.
+#[cfg(feature = "cuda")]
 pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    use rankgrad::gpu::FAILURE;
+    use std::any::Any;
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
+
     let failed = |payload: &dyn Any| {
-        payload.downcast_ref::<String>().filter(|said| said.starts_with(FAILURE)).cloned()
+        let said = payload.downcast_ref::<String>();
+        said.filter(|said| said.starts_with(FAILURE)).cloned()
     };
     let usual = take_hook();
     set_hook(Box::new(move |panic| {
@@ -200,6 +203,12 @@ pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
         Some(said) => Err(Error::new(said)),
         None => resume_unwind(payload),
     })
+}
+
+/// Without GPUs, no device fails.
+#[cfg(not(feature = "cuda"))]
+pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    work()
 }
 
 /// `devices`: a line for the processor and one for each GPU, or why there is none.

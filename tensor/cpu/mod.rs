@@ -94,6 +94,20 @@ fn reduce<T: Scalar>(x: &[T], f: impl Fn(f64) -> f64 + Sync) -> f64 {
     sums.iter().sum()
 }
 
+/// √Σx².
+fn norm<T: Scalar>(x: &[T]) -> f64 {
+    let squares = reduce(x, |x| x * x);
+    // f64 squares of f32 values are always in range; those of f64 values may not be
+    if (1e-200..1e200).contains(&squares) || squares.is_nan() {
+        return squares.sqrt();
+    }
+    let max = x.iter().fold(0.0, |max: f64, x| max.max(x.f64().abs()));
+    if max == 0.0 || max.is_infinite() {
+        return max;
+    }
+    max * reduce(x, |x| (x / max) * (x / max)).sqrt()
+}
+
 impl<T: Scalar> Backend for Cpu<T> {
     type Elem = T;
     type Buffer = Buffer<T>;
@@ -154,18 +168,8 @@ impl<T: Scalar> Backend for Cpu<T> {
         reduce(&x.buffer()[..x.len()], |x| x)
     }
 
-    fn norm(x: &Tensor<Self>) -> f64 {
-        let x = &x.buffer()[..x.len()];
-        let squares = reduce(x, |x| x * x);
-        // f64 squares of f32 values are always in range; those of f64 values may not be
-        if (1e-200..1e200).contains(&squares) || squares.is_nan() {
-            return squares.sqrt();
-        }
-        let max = x.iter().fold(0.0, |max: f64, x| max.max(x.f64().abs()));
-        if max == 0.0 || max.is_infinite() {
-            return max;
-        }
-        max * reduce(x, |x| (x / max) * (x / max)).sqrt()
+    fn norms(xs: &[&Tensor<Self>]) -> Vec<f64> {
+        xs.iter().map(|x| norm(&x.buffer()[..x.len()])).collect()
     }
 
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {
