@@ -257,18 +257,15 @@ impl<T: OnGpu> From<&Tensor<Cuda<T>>> for Arg {
 }
 
 impl<T: OnGpu> From<&mut Tensor<Cuda<T>>> for Arg {
-    /// For writing: copied first if another tensor shares the buffer.
     fn from(x: &mut Tensor<Cuda<T>>) -> Self {
-        let len = x.len();
-        checked::<T>(x.buffer_mut(), len).into()
+        address(x).into()
     }
 }
 
 /// Where a tensor is, for writing: copied first if another tensor shares the buffer.
-#[cfg(feature = "cuda")]
-pub(super) fn address(x: &mut Tensor<Cuda<f32>>) -> Address {
+pub(super) fn address<T: OnGpu>(x: &mut Tensor<Cuda<T>>) -> Address {
     let len = x.len();
-    checked::<f32>(x.buffer_mut(), len).address()
+    checked::<T>(x.buffer_mut(), len).address()
 }
 
 /// Panics unless all have the first one's length: kernels rely on it.

@@ -106,7 +106,7 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
     };
     let identity = Tensor::from_fn(device, [r, r], |i| B::Elem::of(f64::from(i % (r + 1) == 0))); // [r, r]
 
-    let mut xs: Vec<_> = units(batch).into_iter().map(|(x, _)| x).collect(); // [p, q] each
+    let mut xs: Vec<_> = units(batch.iter().copied()).into_iter().map(|(x, _)| x).collect(); // [p, q] each
     let mut next = scratch([p, q]); // [p, q] each
     let [mut gs, mut qs, mut ps, mut spare] = [(); 4].map(|()| scratch([r, r])); // [r, r] each
     for group in groups {

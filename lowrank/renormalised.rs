@@ -51,8 +51,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Renormalised<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], _t: u64) {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
         // ‖M‖_F = 1 first, so that a tiny M does not underflow in the iteration
-        let directions = units(&directions.iter().collect::<Vec<_>>());
-        let directions: Vec<Tensor<B>> = directions.into_iter().map(|(m, _)| m).collect(); // [rows, r] each
+        let directions: Vec<_> = units(&directions).into_iter().map(|(m, _)| m).collect(); // [rows, r] each
         let norms =
             power_iteration(&directions.iter().collect::<Vec<_>>(), &mut self.u_momentum, self.power_steps);
         let sigma = power_iteration(&factors(pairs), &mut self.u, self.power_steps);

@@ -21,9 +21,9 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
         let norms = |xs: &[Tensor<B>]| B::norms(&xs.iter().collect::<Vec<_>>());
         let back = |us: &[Tensor<B>]| ws.iter().zip(us).map(|(w, u)| w.t().matmul(u)).collect::<Vec<_>>(); // [q, 1] each
         for _ in 0..steps {
-            let vs = units(&back(us).iter().collect::<Vec<_>>()); // [q, 1] each
+            let vs = units(&back(us)); // [q, 1] each
             let next: Vec<_> = ws.iter().zip(&vs).map(|(w, (v, _))| w.matmul(v)).collect(); // [p, 1] each
-            for (u, (next, norm)) in us.iter_mut().zip(units(&next.iter().collect::<Vec<_>>())) {
+            for (u, (next, norm)) in us.iter_mut().zip(units(&next)) {
                 if norm != 0.0 {
                     *u = next;
                 }
@@ -48,10 +48,12 @@ pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
 }
 
 /// x/‖x‖ (x itself if it is zero) and ‖x‖ of each x. In two factors where 1/‖x‖ is not a normal number of the element type.
-pub(super) fn units<B: Backend>(xs: &[&Tensor<B>]) -> Vec<(Tensor<B>, f64)> {
-    let one = |(x, norm): (&&Tensor<B>, f64)| {
+pub(super) fn units<'a, B: Backend>(xs: impl IntoIterator<Item = &'a Tensor<B>>) -> Vec<(Tensor<B>, f64)> {
+    let xs: Vec<&Tensor<B>> = xs.into_iter().collect();
+    let norms = B::norms(&xs);
+    let one = |(x, norm): (&Tensor<B>, f64)| {
         if norm == 0.0 {
-            return ((*x).clone(), 0.0); // like x
+            return (x.clone(), 0.0); // like x
         }
         if (1e-30..1e30).contains(&norm) {
             return (x.scale(1.0 / norm), norm); // like x
@@ -59,7 +61,7 @@ pub(super) fn units<B: Backend>(xs: &[&Tensor<B>]) -> Vec<(Tensor<B>, f64)> {
         let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
         (nearer.scale(1.0 / nearer.norm()), norm) // like x
     };
-    xs.iter().zip(B::norms(xs)).map(one).collect()
+    xs.into_iter().zip(norms).map(one).collect()
 }
 
 /// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not

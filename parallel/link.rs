@@ -85,6 +85,16 @@ struct Lines<L> {
     failed: Option<Failed>,
 }
 
+impl<L: Line> Lines<L> {
+    /// Keeps the first failure, and passes it on to all: worker 0 to those who have not heard of it.
+    fn end(&mut self, why: Failed) {
+        let why = self.failed.get_or_insert(why);
+        for line in &mut self.lines {
+            line.send(&Err(why.0.clone())).ok(); // who is gone need not be told
+        }
+    }
+}
+
 impl<L: Line> Star<L> {
     pub(super) fn new(worker: usize, workers: usize, lines: Vec<L>) -> Self {
         Self { worker, workers, inner: Mutex::new(Lines { lines, failed: None }) }
@@ -135,12 +145,12 @@ impl<L: Line> Link for Star<L> {
         if let Some(failed) = failed {
             return Err(failed.clone());
         }
-        let mut round = || {
+        let round = || {
             if self.worker > 0 {
-                self.tell(&mut lines[0], 0, &Ok(mine.clone()))?;
+                self.tell(&mut lines[0], 0, &Ok(mine))?;
                 return self.hear(&mut lines[0], 0);
             }
-            let mut parts = vec![mine.clone()];
+            let mut parts = vec![mine];
             for (i, line) in lines.iter_mut().enumerate() {
                 parts.push(self.hear(line, i)?);
             }
@@ -152,34 +162,23 @@ impl<L: Line> Link for Star<L> {
         };
         let outcome = round();
         if let Err(why) = &outcome {
-            *failed = Some(why.clone());
-            drop(inner);
-            self.fail(&why.0);
+            inner.end(why.clone());
         }
         outcome
     }
 
     fn fail(&self, why: &str) {
-        let mut inner = self.lines();
-        let Lines { lines, failed } = &mut *inner;
-        let why = failed.get_or_insert_with(|| Failed(format!("worker {} failed: {why}", self.worker)));
-        for line in lines {
-            line.send(&Err(why.0.clone())).ok(); // who is gone need not be told
-        }
+        self.lines().end(Failed(format!("worker {} failed: {why}", self.worker)));
     }
 
     fn failure(&self) -> Option<Failed> {
         let mut inner = self.lines();
-        let Lines { lines, failed } = &mut *inner;
-        if failed.is_none()
-            && let Some(why) = lines.iter_mut().find_map(L::failure)
+        if inner.failed.is_none()
+            && let Some(why) = inner.lines.iter_mut().find_map(L::failure)
         {
-            for line in lines {
-                line.send(&Err(why.clone())).ok(); // from worker 0 on to the others, who wait for it
-            }
-            *failed = Some(Failed(why));
+            inner.end(Failed(why));
         }
-        failed.clone()
+        inner.failed.clone()
     }
 }
 
