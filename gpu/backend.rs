@@ -4,7 +4,9 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
-use crate::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary};
+use crate::tensor::{
+    Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary,
+};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -128,24 +130,23 @@ impl<T: OnGpu> Cuda<T> {
         y
     }
 
-    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each block.
+    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each part of it.
     fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
         let Some(first) = xs.first() else { return Vec::new() };
         let device = first.device();
-        let grid = |x: &&Tensor<Self>| (threads(x.len()), blocks(x.len(), threads(x.len())).min(512));
-        let grids: Vec<(u32, usize)> = xs.iter().map(grid).collect();
-        let parts = device.alloc(grids.iter().map(|(_, blocks)| blocks).sum::<usize>() * size_of::<f64>());
-        let mut own = parts.address();
-        for (&x, &(threads, blocks)) in xs.iter().zip(&grids) {
-            // SAFETY: (x, parts, n); the parts of each tensor lie behind those of the tensors before
-            unsafe {
-                device.launch(kernel, [blocks, 1, 1], threads, args![x, own, x.len() as u64]);
-            }
-            own += (blocks * size_of::<f64>()) as u64;
+        let parts = |x: &Tensor<Self>| x.len().div_ceil(THREADS as usize).clamp(1, 512);
+        let each = |&x: &&Tensor<Self>| {
+            [checked::<T>(x.buffer(), x.len()).address(), x.len() as u64, parts(x) as u64]
+        };
+        let all = device.stage(&xs.iter().flat_map(each).collect::<Vec<u64>>());
+        let most = xs.iter().map(|x| parts(x)).max().expect("there is one");
+        let [parts, sums] = [xs.len() * most, xs.len()].map(|n| device.alloc(n * size_of::<f64>()));
+        // SAFETY: (all, parts), with a row of parts for each tensor; (all, parts, sums, most)
+        unsafe {
+            device.launch(kernel, [xs.len(), most, 1], THREADS, args![&all, &parts]);
+            device.launch("sum_parts", [xs.len(), 1, 1], THREADS, args![&all, &parts, &sums, int(most)]);
         }
-        let parts = device.fetch::<f64>(&parts);
-        let mut parts = parts.iter();
-        grids.iter().map(|&(_, blocks)| parts.by_ref().take(blocks).sum()).collect()
+        device.fetch(&sums)
     }
 }
 
@@ -198,9 +199,12 @@ fn int(x: usize) -> u32 {
     u32::try_from(x).unwrap_or_else(|_| panic!("GPU: a size of {x} is beyond 32 bits"))
 }
 
-/// Threads of a block for `n` elements.
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+/// Threads of a block for `n` elements: no more than are needed.
 fn threads(n: usize) -> u32 {
-    n.next_multiple_of(32).clamp(32, 256) as u32
+    n.next_multiple_of(32).clamp(32, THREADS as usize) as u32
 }
 
 /// Blocks for `n` elements: one thread each, up to so many as keep the largest device busy.
@@ -353,11 +357,24 @@ impl<T: OnGpu> Backend for Cuda<T> {
         Self::gemm(a, b, c, Accum::Replace);
     }
 
-    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
-        same_len("axpby", [x, y]);
-        let n = x.len();
-        // SAFETY: (alpha, x, beta, y, n)
-        unsafe { x.device().each("axpby", n, args![alpha as f32, x, beta as f32, y, n as u64]) };
+    fn axpby(mut terms: Vec<Axpby<Self>>) {
+        let Some((_, first, ..)) = terms.first() else { return };
+        let (device, most) = (first.device(), terms.iter().map(|(_, x, ..)| x.len()).max().unwrap_or(0));
+        terms.iter().for_each(|(_, x, _, y)| same_len("axpby", [x, y]));
+        if let [(alpha, x, beta, y)] = &mut terms[..] {
+            let args = args![*alpha as f32, *x, *beta as f32, &mut **y, most as u64];
+            // SAFETY: (alpha, x, beta, y, n)
+            return unsafe { device.each("axpby", most, args) };
+        }
+        let term = |(alpha, x, beta, y): &mut Axpby<Self>| {
+            let [alpha, beta] = [*alpha, *beta].map(|x| u64::from((x as f32).to_bits()));
+            let (n, x) = (x.len(), checked::<T>(x.buffer(), x.len()).address());
+            [address(y), x, alpha | beta << 32, n as u64]
+        };
+        let table = device.stage(&terms.iter_mut().flat_map(term).collect::<Vec<u64>>());
+        let grid = [terms.len(), blocks(most, THREADS).min(512), 1];
+        // SAFETY: (terms), each with the fields of a Term
+        unsafe { device.launch("axpby_each", grid, THREADS, args![&table]) };
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {

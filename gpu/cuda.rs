@@ -10,13 +10,13 @@ use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
 use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// One GPU.
 #[derive(Debug)]
@@ -29,6 +29,25 @@ pub(super) struct Gpu {
     /// A handle must not be used by two threads at a time.
     blas: Mutex<CudaBlas>,
     functions: HashMap<(&'static str, Type), CudaFunction>,
+    /// What has run since somebody asked for times.
+    spans: Mutex<Option<Vec<Span>>>,
+}
+
+/// Something that ran on the device: which kernel (of cuBLAS, `gemm`), from when to when, and its FLOPs if it is a product.
+#[derive(Debug)]
+struct Span {
+    kernel: (&'static str, Type),
+    between: [CudaEvent; 2],
+    flops: f64,
+}
+
+/// How long a kernel took on the device, over all its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KernelTime {
+    pub calls: usize,
+    pub seconds: f64,
+    /// Of products; 0 for other kernels.
+    pub flops: f64,
 }
 
 impl Cuda<f32> {
@@ -65,7 +84,64 @@ impl Cuda<f32> {
         };
         let all = Type::ALL.into_iter().flat_map(|element| kernels::NAMES.map(|kernel| (kernel, element)));
         let functions = all.map(function).collect::<Result<_, _>>().map_err(driver)?;
-        Ok(Self::on(Arc::new(Gpu { ordinal, context, stream, pooled, blas: Mutex::new(blas), functions })))
+        Ok(Self::on(Arc::new(Gpu {
+            ordinal,
+            context,
+            stream,
+            pooled,
+            blas: Mutex::new(blas),
+            functions,
+            spans: Mutex::default(),
+        })))
+    }
+
+    fn gpu(&self) -> Option<&Gpu> {
+        Gpu::of(self.executor())
+    }
+
+    /// From now on, and until [`Cuda::kernel_times`], takes the time of each kernel: by events on the device, which take some
+    /// microseconds each themselves.
+    pub fn watch_kernels(&self) {
+        if let Some(gpu) = self.gpu() {
+            *gpu.spans() = Some(Vec::new());
+        }
+    }
+
+    /// The times since [`Cuda::watch_kernels`], by name and type of elements (`gemm bf16`: cuBLAS). Waits for the device.
+    ///
+    /// # Panics
+    /// If the device has failed.
+    pub fn kernel_times(&self) -> BTreeMap<String, KernelTime> {
+        let mut times = BTreeMap::<String, KernelTime>::new();
+        let Some(gpu) = self.gpu() else { return times };
+        for Span { kernel: (kernel, element), between: [from, to], flops } in
+            gpu.spans().take().unwrap_or_default()
+        {
+            let time = times.entry(format!("{kernel} {element}")).or_default();
+            time.calls += 1;
+            time.seconds += 1e-3 * f64::from(gpu.must("times", from.elapsed_ms(&to)));
+            time.flops += flops;
+        }
+        times
+    }
+
+    /// The most bytes that tensors held at one time since the device was opened, by anybody in this process; None where the driver
+    /// has no pool to ask.
+    ///
+    /// # Panics
+    /// If the device has failed.
+    pub fn peak_bytes(&self) -> Option<u64> {
+        use sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH as HIGHEST;
+        let gpu = self.gpu().filter(|gpu| gpu.pooled)?;
+        gpu.enter();
+        let mut bytes = 0u64;
+        // SAFETY: the device is there, and the attribute is an u64
+        let asked = unsafe {
+            result::device::get_default_mem_pool(gpu.context.cu_device())
+                .and_then(|pool| result::mem_pool::get_attribute(pool, HIGHEST, (&raw mut bytes).cast()))
+        };
+        gpu.must("memory in use", asked);
+        Some(bytes)
     }
 }
 
@@ -96,6 +172,23 @@ impl Gpu {
                 at_work()
             )
         })
+    }
+
+    fn spans(&self) -> MutexGuard<'_, Option<Vec<Span>>> {
+        self.spans.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Enqueues something, between two events if somebody watches.
+    fn span(&self, kernel: (&'static str, Type), flops: f64, enqueue: impl FnOnce()) {
+        let mut spans = self.spans();
+        let Some(spans) = &mut *spans else {
+            drop(spans); // others need not wait for the driver
+            return enqueue();
+        };
+        let now = || self.must("times", self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)));
+        let from = now();
+        enqueue();
+        spans.push(Span { kernel, between: [from, now()], flops });
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
@@ -191,10 +284,13 @@ impl Executor for Gpu {
         }
         let (function, stream) = (function.cu_function(), self.stream.cu_stream());
         let mut args = pointers(args);
-        // SAFETY: the caller's promise
-        let started =
-            unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args) };
-        self.must(kernel, started);
+        self.span((kernel, element), 0.0, || {
+            // SAFETY: the caller's promise
+            let started = unsafe {
+                result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
+            };
+            self.must(kernel, started);
+        });
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
@@ -229,15 +325,19 @@ impl Executor for Gpu {
         let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
         let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let handle = *blas.handle();
+        let flops = 2.0 * f64::from(m) * f64::from(k) * f64::from(n) * operands.len() as f64;
         if let &[[a, b, c]] = &operands[..] {
             let (a, b, c) = (a as *const c_void, b as *const c_void, c as *mut c_void);
-            // SAFETY: the caller's promise
-            let done = unsafe {
-                cublas::result::gemm_ex(
-                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, COMPUTE, ALGORITHM,
-                )
-            };
-            return self.must("gemm", done);
+            return self.span(("gemm", element), flops, || {
+                // SAFETY: the caller's promise
+                let done = unsafe {
+                    cublas::result::gemm_ex(
+                        handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, COMPUTE,
+                        ALGORITHM,
+                    )
+                };
+                self.must("gemm", done);
+            });
         }
         // a batch: arrays of pointers, on the device, first all A, then all B, then all C
         let count = operands.len();
@@ -253,29 +353,14 @@ impl Executor for Gpu {
                 side(1) as *const *const c_void,
                 side(2) as *const *mut c_void,
             );
-            let done = blas_sys::cublasGemmBatchedEx(
-                handle,
-                opb,
-                opa,
-                n,
-                m,
-                k,
-                alpha,
-                b,
-                t,
-                ldb,
-                a,
-                t,
-                lda,
-                beta,
-                c,
-                t,
-                n,
-                int(count),
-                COMPUTE,
-                ALGORITHM,
-            );
-            self.must("a batch of products", done.result());
+            self.span(("gemm, batched", element), flops, || {
+                let count = int(count);
+                let done = blas_sys::cublasGemmBatchedEx(
+                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, count, COMPUTE,
+                    ALGORITHM,
+                );
+                self.must("a batch of products", done.result());
+            });
             self.free(table, addresses.len());
         }
     }

@@ -35,11 +35,12 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 38] = [
+pub const NAMES: [&str; 40] = [
     "fill",
     "widen",
     "narrow",
     "axpby",
+    "axpby_each",
     "unary",
     "unary_grad",
     "binary",
@@ -64,6 +65,7 @@ pub const NAMES: [&str; 38] = [
     "layer_norm_gain",
     "sum",
     "sum_squares",
+    "sum_parts",
     "attention_1",
     "attention_2",
     "attention_4",

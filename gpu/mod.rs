@@ -23,6 +23,8 @@ pub use backend::{Buffer, Cuda, Memory, OnGpu};
 #[cfg(feature = "cuda")]
 pub use compile::compile;
 #[cfg(feature = "cuda")]
+pub use cuda::KernelTime;
+#[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 #[cfg(feature = "cuda")]
 pub use probe::{Found, LIBS, Unavailable, devices};

@@ -38,7 +38,7 @@ struct Stream {
     std::atomic<bool> waiting; // for others to make the same calls of NCCL
 };
 static struct Device {
-    size_t used;
+    size_t used, most;
     bool open[2]; // its memory, to the devices
     Stream stream;
 } devices[2];
@@ -81,6 +81,21 @@ int cuMemPoolSetAccess(Device* pool, const int* access, size_t count) { // a dev
     if (count != 1 || access[0] != 1 || access[2] != 3 || pool == &devices[access[1]]) return 1;
     return pool->open[access[1]] = true, 0;
 }
+int cuMemPoolGetAttribute(const Device* pool, int which, uint64_t* value) {
+    return which != 8 ? 1 : (*value = pool->most, 0);
+}
+// An event is the number of the calls before it, and a call takes a millisecond.
+static std::atomic<int> calls;
+int cuEventCreate(int** event, unsigned flags) { return flags ? 1 : (*event = new int(-1), 0); }
+int cuEventDestroy_v2(int* event) { return delete event, 0; }
+int cuEventRecord(int* event, const Stream* stream) {
+    int code = bad(stream);
+    return code ? code : (*event = calls, 0);
+}
+int cuEventSynchronize(const int* event) { return *event < 0; }
+int cuEventElapsedTime_v2(float* ms, const int* from, const int* to) {
+    return *from < 0 || *to < 0 ? 600 : (*ms = *to - *from, 0);
+}
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return context ? (*free = TOTAL - context->used, *total = TOTAL, 0) : 201;
 }
@@ -101,6 +116,7 @@ int cuMemAllocAsync(uint64_t* address, size_t bytes, const Stream* stream) {
     *address = (uint64_t)start + 256;
     *head(*address) = {bytes, context};
     context->used += bytes;
+    if (context->most < context->used) context->most = context->used;
     return 0;
 }
 int cuMemFreeAsync(uint64_t address, const Stream* stream) {
@@ -144,6 +160,7 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || extra) return 1;
     if (FAILS && !strcmp(FAILS, function->name)) return 700;
     const unsigned grid[3] = {gx, gy, gz};
+    calls++;
     static thread_local unsigned schedule;
     return simulate(function->name, grid, bx, shared, schedule++, args, simulator::ANY_COUNT) ? 700 : 0;
 }
@@ -158,6 +175,7 @@ int cublasGemmEx(const Device* handle, int opa, int opb, int m, int n, int k, co
                  int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int) {
     const bool ta = opa == 1, tb = opb == 1;
     if (bad(&handle->stream)) return 13;
+    calls++;
     if (at != bt || at != ct || compute != 68) return 7; // CUDA_R_32F is 0, CUDA_R_16BF 14, CUBLAS_COMPUTE_32F 68
     if (at == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, lda, (const float*)b, ldb, beta, (float*)c, ldc);
     if (at == 14) return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, lda, (const Bf16*)b, ldb, beta, (Bf16*)c, ldc);

@@ -10,10 +10,10 @@ use common::{gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
 #[cfg(feature = "cuda")]
-use rankgrad::gpu::Nccl;
-#[cfg(feature = "cuda")]
 use rankgrad::gpu::executor::Type;
 use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
+#[cfg(feature = "cuda")]
+use rankgrad::gpu::{KernelTime, Nccl};
 use rankgrad::lowrank::{FactorPair, Optimizer, Params};
 #[cfg(feature = "cuda")]
 use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
@@ -427,6 +427,16 @@ fn on_a_fake_driver() {
         for (gpu, exact) in spectron_steps(&gpu).iter().zip(&spectron_steps(&cpu)) {
             assert!(distance(gpu, exact) < 1e-4);
         }
+        gpu.watch_kernels();
+        let x = draw(&gpu, 1, &[9, 10]); // [9, 10]
+        [x.matmul(x.t()), x.scale(2.0), x.scale(3.0)].iter().for_each(drop);
+        let times = gpu.kernel_times();
+        let time = |calls, ms: f64, flops| KernelTime { calls, seconds: 1e-3 * ms, flops };
+        assert_eq!(times["axpby f32"], time(2, 2.0, 0.0)); // a millisecond a call
+        assert_eq!(times["gemm f32"], time(1, 1.0, 2.0 * 9.0 * 10.0 * 9.0));
+        assert!(times.len() == 2 && gpu.kernel_times().is_empty());
+        drop(Tensor::scratch(&gpu, [1 << 20, 100])); // 400 MiB
+        assert!(gpu.peak_bytes() >= Some(400 << 20) && gpu.peak_bytes() < Some(500 << 20));
         // every kind of product, alone and in a batch
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
             let products = |count: usize, k: usize| -> [f64; 2] {

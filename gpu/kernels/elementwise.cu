@@ -22,6 +22,21 @@ KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) {
     }
 }
 
+// The same for each term of a batch. Grid: terms, parts of the longest.
+struct Term {
+    T* y;
+    const T* x;
+    float alpha, beta;
+    u64 n;
+};
+KERNEL(axpby_each)(const Term* terms) {
+    const Term t = terms[blockIdx.x];
+    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < t.n; i += (u64)gridDim.y * blockDim.x) {
+        const float x = t.alpha * t.x[i];
+        t.y[i] = t.beta == 0.0f ? x : x + t.beta * t.y[i];
+    }
+}
+
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // `f` counts as the Rust enum Unary does: exp, log, tanh, relu, silu.

@@ -131,18 +131,34 @@ KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u
     column_sums([=](u64 row, u64 i) { return dy[i] * (x[i] - stats[2 * row]) * stats[2 * row + 1]; }, y, n, d, chunk);
 }
 
-// ---- sums over everything, one f64 for each block; the host adds these. f64 squares of f32 are always in range.
+// ---- sums over everything: of each tensor of a batch, one f64 for each of its parts [tensors, parts of the largest], then the sum of
+//      those. f64 squares of f32 are always in range. How a tensor is cut depends on its length alone. Grid: tensors, parts.
 
-KERNEL(sum)(const T* x, double* parts, u64 n) {
+struct Whole {
+    const T* x;
+    u64 n, parts;
+};
+
+template <class Term> __device__ void part_sum(const Whole& whole, Term term, double* parts) {
+    if (blockIdx.y >= whole.parts) return; // the whole block
     double sum = 0.0;
-    FOR_EACH(i, n) sum += x[i];
+    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < whole.n; i += whole.parts * blockDim.x) sum += term(whole.x[i]);
     sum = block_sum(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    if (threadIdx.x == 0) parts[(u64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
 }
 
-KERNEL(sum_squares)(const T* x, double* parts, u64 n) {
+KERNEL(sum)(const Whole* all, double* parts) {
+    part_sum(all[blockIdx.x], [](float x) { return (double)x; }, parts);
+}
+
+KERNEL(sum_squares)(const Whole* all, double* parts) {
+    part_sum(all[blockIdx.x], [](float x) { return (double)x * x; }, parts);
+}
+
+// One block for each tensor; `most` parts of the largest.
+KERNEL(sum_parts)(const Whole* all, const double* parts, double* sums, u32 most) {
     double sum = 0.0;
-    FOR_EACH(i, n) sum += (double)x[i] * x[i];
+    FOR_COLUMNS(i, all[blockIdx.x].parts) sum += parts[(u64)blockIdx.x * most + i];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rankgrad::parallel::{Alone, Link, ThroughHost};
 use rankgrad::tensor::{Backend, Cpu};
+use serde::Serialize;
 
 use crate::config::Precision;
 use crate::error::{Error, Result};
@@ -94,6 +95,51 @@ impl Join for rankgrad::gpu::Cuda<f32> {
         }
         let nccl = rankgrad::gpu::Nccl::join(self, link);
         Ok(Arc::new(nccl.map_err(|why| Error::new(why.to_string()))?))
+    }
+}
+
+/// A backend whose work can be watched where it is done, apart from the processor that asks for it.
+pub trait Watch: Backend {
+    /// Takes the time of each kernel from now on.
+    fn watch_kernels(&self) {}
+    /// The times since then, the longest first; none of a processor, whose ops have theirs.
+    fn kernel_times(&self) -> Vec<KernelTime> {
+        Vec::new()
+    }
+    /// The most bytes of the device's memory that were in use at one time; None where that is the processor's, or unknown.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What a kernel took on the device in all its calls.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelTime {
+    pub kernel: String,
+    pub calls: usize,
+    pub ms: f64,
+    /// Of products; 0 for other kernels.
+    pub flops: f64,
+}
+
+impl Watch for Cpu<f32> {}
+
+#[cfg(feature = "cuda")]
+impl Watch for rankgrad::gpu::Cuda<f32> {
+    fn watch_kernels(&self) {
+        self.watch_kernels();
+    }
+    fn kernel_times(&self) -> Vec<KernelTime> {
+        let times = self.kernel_times().into_iter().map(|(kernel, time)| {
+            let rankgrad::gpu::KernelTime { calls, seconds, flops } = time;
+            KernelTime { kernel, calls, ms: 1e3 * seconds, flops }
+        });
+        let mut times: Vec<KernelTime> = times.collect();
+        times.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        times
+    }
+    fn peak_bytes(&self) -> Option<u64> {
+        self.peak_bytes()
     }
 }
 
