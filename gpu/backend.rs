@@ -84,6 +84,27 @@ impl<T: OnGpu> Cuda<T> {
         unsafe { self.launch(kernel, [blocks(n, threads), 1, 1], threads, args) }
     }
 
+    /// A kernel that looks at the elements of each (alpha, x, beta, y) of a batch, each by itself; alpha and beta may have no meaning.
+    ///
+    /// # Safety
+    /// The kernel's Terms must have y of type `Y`, and x of type `X`.
+    unsafe fn each_term<'a, X: OnGpu, Y: OnGpu>(
+        &self,
+        kernel: &'static str,
+        terms: impl IntoIterator<Item = (f64, &'a Tensor<Cuda<X>>, f64, &'a mut Tensor<Cuda<Y>>)>,
+    ) {
+        let row = |(alpha, x, beta, y): (f64, &Tensor<Cuda<X>>, f64, &mut Tensor<Cuda<Y>>)| {
+            assert!(x.len() == y.len(), "{kernel}: {} and {}", x.shape(), y.shape());
+            let [alpha, beta] = [alpha, beta].map(|x| u64::from((x as f32).to_bits()));
+            [address(y), checked::<X>(x.buffer(), x.len()).address(), alpha | beta << 32, x.len() as u64]
+        };
+        let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
+        let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
+        let grid = [table.len(), blocks(most, THREADS).min(512), 1];
+        // SAFETY: the caller's promise, and each row has the fields of a Term
+        unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
+    }
+
     /// A kernel with one block for each of `n` rows of `d` columns.
     ///
     /// # Safety
@@ -108,7 +129,7 @@ impl<T: OnGpu> Cuda<T> {
             // SAFETY: (x, …)
             sums = unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks, args![&sums]) }; // [1, d]
         }
-        self.narrow(&sums.reshape([d])) // [d]
+        sums.reshape([d]).cast(self) // [d]
     }
 
     /// The sum of each `chunk` rows, one chunk if there are no rows → [chunks, d], in f32 for the next sum to go on with.
@@ -163,34 +184,38 @@ pub trait OnGpu: Element + Plain {
     /// The type, as kernels have it.
     const TYPE: Type;
     /// [`Backend::widen`].
-    fn widen(x: &Tensor<Cuda<Self>>) -> Tensor<Cuda<f32>>;
+    fn widen(xs: &[&Tensor<Cuda<Self>>]) -> Vec<Tensor<Cuda<f32>>>;
     /// [`Backend::narrow`].
-    fn narrow(device: &Cuda<Self>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Self>>;
+    fn narrow(device: &Cuda<Self>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<Self>>>;
 }
 
 impl OnGpu for f32 {
     const TYPE: Type = Type::F32;
-    fn widen(x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
-        x.clone()
+    fn widen(xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<f32>>> {
+        xs.iter().copied().cloned().collect()
     }
-    fn narrow(_: &Cuda<f32>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
-        x.clone()
+    fn narrow(_: &Cuda<f32>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<f32>>> {
+        xs.iter().copied().cloned().collect()
     }
 }
 
 impl OnGpu for Bf16 {
     const TYPE: Type = Type::Bf16;
-    fn widen(x: &Tensor<Cuda<Bf16>>) -> Tensor<Cuda<f32>> {
-        let mut y = Tensor::scratch(&x.device().wide(), x.shape()); // like x
-        // SAFETY: (x, y, n)
-        unsafe { x.device().each("widen", x.len(), args![x, &mut y, x.len() as u64]) };
-        y
+    fn widen(xs: &[&Tensor<Cuda<Bf16>>]) -> Vec<Tensor<Cuda<f32>>> {
+        let Some(first) = xs.first() else { return Vec::new() };
+        let scratch = |x: &&Tensor<Cuda<Bf16>>| Tensor::scratch(&x.device().wide(), x.shape()); // like x
+        let mut ys: Vec<_> = xs.iter().map(scratch).collect();
+        let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
+        // SAFETY: its terms are to f32 from bf16
+        unsafe { first.device().each_term("widen", terms) };
+        ys
     }
-    fn narrow(device: &Cuda<Bf16>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Bf16>> {
-        let mut y = Tensor::scratch(device, x.shape()); // like x
-        // SAFETY: (x, y, n)
-        unsafe { device.each("narrow", x.len(), args![x, &mut y, x.len() as u64]) };
-        y
+    fn narrow(device: &Cuda<Bf16>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<Bf16>>> {
+        let mut ys: Vec<_> = xs.iter().map(|x| Tensor::scratch(device, x.shape())).collect(); // like x
+        let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
+        // SAFETY: its terms are to bf16 from f32
+        unsafe { device.each_term("narrow", terms) };
+        ys
     }
 }
 
@@ -306,11 +331,11 @@ impl<T: OnGpu> Backend for Cuda<T> {
     fn wide(&self) -> Cuda<f32> {
         self.with_elements()
     }
-    fn widen(x: &Tensor<Self>) -> Tensor<Cuda<f32>> {
-        T::widen(x)
+    fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Cuda<f32>>> {
+        T::widen(xs)
     }
-    fn narrow(&self, x: &Tensor<Cuda<f32>>) -> Tensor<Self> {
-        T::narrow(self, x)
+    fn narrow(&self, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Self>> {
+        T::narrow(self, xs)
     }
     fn sync(&self) {
         self.executor.sync();
@@ -358,23 +383,15 @@ impl<T: OnGpu> Backend for Cuda<T> {
     }
 
     fn axpby(mut terms: Vec<Axpby<Self>>) {
-        let Some((_, first, ..)) = terms.first() else { return };
-        let (device, most) = (first.device(), terms.iter().map(|(_, x, ..)| x.len()).max().unwrap_or(0));
-        terms.iter().for_each(|(_, x, _, y)| same_len("axpby", [x, y]));
         if let [(alpha, x, beta, y)] = &mut terms[..] {
-            let args = args![*alpha as f32, *x, *beta as f32, &mut **y, most as u64];
+            same_len("axpby", [x, y]);
+            let (n, args) = (x.len(), args![*alpha as f32, *x, *beta as f32, &mut **y, x.len() as u64]);
             // SAFETY: (alpha, x, beta, y, n)
-            return unsafe { device.each("axpby", most, args) };
+            return unsafe { x.device().each("axpby", n, args) };
         }
-        let term = |(alpha, x, beta, y): &mut Axpby<Self>| {
-            let [alpha, beta] = [*alpha, *beta].map(|x| u64::from((x as f32).to_bits()));
-            let (n, x) = (x.len(), checked::<T>(x.buffer(), x.len()).address());
-            [address(y), x, alpha | beta << 32, n as u64]
-        };
-        let table = device.stage(&terms.iter_mut().flat_map(term).collect::<Vec<u64>>());
-        let grid = [terms.len(), blocks(most, THREADS).min(512), 1];
-        // SAFETY: (terms), each with the fields of a Term
-        unsafe { device.launch("axpby_each", grid, THREADS, args![&table]) };
+        let Some((_, first, ..)) = terms.first() else { return };
+        // SAFETY: its terms are of one type
+        unsafe { first.device().clone().each_term("axpby_each", terms) };
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {

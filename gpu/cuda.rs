@@ -33,10 +33,10 @@ pub(super) struct Gpu {
     spans: Mutex<Option<Vec<Span>>>,
 }
 
-/// Something that ran on the device: which kernel (of cuBLAS, `gemm`), from when to when, and its FLOPs if it is a product.
+/// Something that ran on the device: which kernel (of cuBLAS, `gemm` and the sizes), from when to when, and its FLOPs if it is a product.
 #[derive(Debug)]
 struct Span {
-    kernel: (&'static str, Type),
+    kernel: String,
     between: [CudaEvent; 2],
     flops: f64,
 }
@@ -107,17 +107,15 @@ impl Cuda<f32> {
         }
     }
 
-    /// The times since [`Cuda::watch_kernels`], by name and type of elements (`gemm bf16`: cuBLAS). Waits for the device.
+    /// The times since [`Cuda::watch_kernels`], by name and type of elements, products by their sizes too. Waits for the device.
     ///
     /// # Panics
     /// If the device has failed.
     pub fn kernel_times(&self) -> BTreeMap<String, KernelTime> {
         let mut times = BTreeMap::<String, KernelTime>::new();
         let Some(gpu) = self.gpu() else { return times };
-        for Span { kernel: (kernel, element), between: [from, to], flops } in
-            gpu.spans().take().unwrap_or_default()
-        {
-            let time = times.entry(format!("{kernel} {element}")).or_default();
+        for Span { kernel, between: [from, to], flops } in gpu.spans().take().unwrap_or_default() {
+            let time = times.entry(kernel).or_default();
             time.calls += 1;
             time.seconds += 1e-3 * f64::from(gpu.must("times", from.elapsed_ms(&to)));
             time.flops += flops;
@@ -179,7 +177,7 @@ impl Gpu {
     }
 
     /// Enqueues something, between two events if somebody watches.
-    fn span(&self, kernel: (&'static str, Type), flops: f64, enqueue: impl FnOnce()) {
+    fn span(&self, kernel: impl FnOnce() -> String, flops: f64, enqueue: impl FnOnce()) {
         let mut spans = self.spans();
         let Some(spans) = &mut *spans else {
             drop(spans); // others need not wait for the driver
@@ -188,7 +186,7 @@ impl Gpu {
         let now = || self.must("times", self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)));
         let from = now();
         enqueue();
-        spans.push(Span { kernel, between: [from, now()], flops });
+        spans.push(Span { kernel: kernel(), between: [from, now()], flops });
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
@@ -284,13 +282,17 @@ impl Executor for Gpu {
         }
         let (function, stream) = (function.cu_function(), self.stream.cu_stream());
         let mut args = pointers(args);
-        self.span((kernel, element), 0.0, || {
-            // SAFETY: the caller's promise
-            let started = unsafe {
-                result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
-            };
-            self.must(kernel, started);
-        });
+        self.span(
+            || format!("{kernel} {element}"),
+            0.0,
+            || {
+                // SAFETY: the caller's promise
+                let started = unsafe {
+                    result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
+                };
+                self.must(kernel, started);
+            },
+        );
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
@@ -316,6 +318,13 @@ impl Executor for Gpu {
             Type::F32 => CUDA_R_32F,
             Type::Bf16 => CUDA_R_16BF,
         };
+        let name = || {
+            let operand = |t: bool, rows, cols| {
+                if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
+            };
+            let batch = if operands.len() > 1 { format!("{} of ", operands.len()) } else { String::new() };
+            format!("gemm {element} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
+        };
         // cuBLAS reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
@@ -328,7 +337,7 @@ impl Executor for Gpu {
         let flops = 2.0 * f64::from(m) * f64::from(k) * f64::from(n) * operands.len() as f64;
         if let &[[a, b, c]] = &operands[..] {
             let (a, b, c) = (a as *const c_void, b as *const c_void, c as *mut c_void);
-            return self.span(("gemm", element), flops, || {
+            return self.span(name, flops, || {
                 // SAFETY: the caller's promise
                 let done = unsafe {
                     cublas::result::gemm_ex(
@@ -353,7 +362,7 @@ impl Executor for Gpu {
                 side(1) as *const *const c_void,
                 side(2) as *const *mut c_void,
             );
-            self.span(("gemm, batched", element), flops, || {
+            self.span(name, flops, || {
                 let count = int(count);
                 let done = blas_sys::cublasGemmBatchedEx(
                     handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, count, COMPUTE,

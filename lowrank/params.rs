@@ -3,7 +3,7 @@
 
 use super::FactorPair;
 use crate::autograd::{Grads, Tape, Var, VarId};
-use crate::tensor::{Backend, Tensor, scale_all};
+use crate::tensor::{Backend, Tensor, cast_all, scale_all};
 use std::ops::Index;
 
 /// One tensor set per kind of parameter: values, gradients or momenta.
@@ -202,11 +202,12 @@ impl<'t, B: Backend> Index<Dense> for ParamVars<'t, B> {
 impl<B: Backend> Values<B> {
     /// [`Tensor::cast`] of every tensor.
     pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Values<C> {
-        let cast = |x: &Tensor<B>| x.cast(device); // like x
+        let mut all = cast_all(&self.tensors().collect::<Vec<_>>(), device).into_iter(); // like each tensor
+        let mut next = || all.next().expect("as many as there are tensors");
         Values {
-            pairs: self.pairs.iter().map(|p| FactorPair { a: cast(&p.a), b: cast(&p.b) }).collect(),
-            hidden: self.hidden.iter().map(cast).collect(),
-            dense: self.dense.iter().map(cast).collect(),
+            pairs: self.pairs.iter().map(|_| FactorPair { a: next(), b: next() }).collect(),
+            hidden: self.hidden.iter().map(|_| next()).collect(),
+            dense: self.dense.iter().map(|_| next()).collect(),
         }
     }
 }

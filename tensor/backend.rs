@@ -28,10 +28,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn filled(&self, len: usize, value: f64) -> Self::Buffer;
     /// This device as `Wide`.
     fn wide(&self) -> Self::Wide;
-    /// The same elements in `Wide`; no copy where that is `Self`.
-    fn widen(x: &Tensor<Self>) -> Tensor<Self::Wide>;
-    /// Rounds to this backend's elements; no copy where they are `Wide`'s.
-    fn narrow(&self, x: &Tensor<Self::Wide>) -> Tensor<Self>;
+    /// The same elements in `Wide`; no copies where that is `Self`.
+    fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Self::Wide>>;
+    /// Rounds to this backend's elements; no copies where they are `Wide`'s.
+    fn narrow(&self, xs: &[&Tensor<Self::Wide>]) -> Vec<Tensor<Self>>;
     /// Waits until everything asked for so far is done. Only measurements of time need it.
     fn sync(&self);
 

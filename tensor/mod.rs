@@ -139,7 +139,7 @@ impl<B: Backend> Tensor<B> {
 
     /// The same elements on a device with another precision, rounded if it has a smaller one; the same tensor if it has this one.
     pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Tensor<C> {
-        device.narrow(&B::widen(self)) // like self
+        cast_all(&[self], device).remove(0) // like self
     }
 
     /// The same elements under another shape, without a copy.
@@ -243,6 +243,14 @@ impl<B: Backend> fmt::Debug for Tensor<B> {
         }
         write!(f, "{more}]")
     }
+}
+
+/// [`Tensor::cast`] of each.
+pub(crate) fn cast_all<B: Backend, C: Backend<Wide = B::Wide>>(
+    xs: &[&Tensor<B>],
+    device: &C,
+) -> Vec<Tensor<C>> {
+    device.narrow(&B::widen(xs).iter().collect::<Vec<_>>()) // like each x
 }
 
 /// alpha · x for each (alpha, x).

@@ -200,12 +200,12 @@ fn kernels_round_to_bf16_as_the_host_does() {
     let device = gpu.with_elements::<Bf16>();
     let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
     let all: Vec<Bf16> = (0..=u16::MAX).map(Bf16::from_bits).collect();
-    let widened = Cuda::widen(&Tensor::from_vec(&device, [all.len()], all.clone())); // [65536]
+    let widened = Tensor::from_vec(&device, [all.len()], all.clone()).cast(&gpu); // [65536]
     let all: Vec<f32> = all.into_iter().map(f32::from).collect();
     assert!(bits(&widened.to_vec()) == bits(&all));
     let near = |x: &f32| [0x7fff, 0x8000, 0x8001].map(|low| f32::from_bits(x.to_bits() | low));
     let near: Vec<f32> = all.iter().flat_map(near).chain(all.iter().copied()).collect();
-    let narrowed = device.narrow(&Tensor::from_vec(&gpu, [near.len()], near.clone())); // [4·65536]
+    let narrowed = Tensor::from_vec(&gpu, [near.len()], near.clone()).cast(&device); // [4·65536]
     let wanted = near.into_iter().map(|x| Bf16::from(x).to_bits());
     assert!(narrowed.to_vec().into_iter().map(Bf16::to_bits).eq(wanted));
 }
@@ -281,7 +281,9 @@ fn workload<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
         out.push(o);
         wide.push(lse);
     }
-    wide.extend([B::widen(&x), B::widen(&x).cast::<B>(device).cast(&device.wide())]);
+    wide.extend(B::widen(&[&x, &g, &x]));
+    let back = device.narrow(&wide[wide.len() - 3..].iter().collect::<Vec<_>>()); // [n, d], [d], [n, d]
+    out.extend(back);
     let values = out.iter().map(Tensor::to_f64).chain(wide.iter().map(Tensor::to_f64));
     values.chain([vec![x.norm(), B::sum(&x)]]).collect()
 }
@@ -433,7 +435,7 @@ fn on_a_fake_driver() {
         let times = gpu.kernel_times();
         let time = |calls, ms: f64, flops| KernelTime { calls, seconds: 1e-3 * ms, flops };
         assert_eq!(times["axpby f32"], time(2, 2.0, 0.0)); // a millisecond a call
-        assert_eq!(times["gemm f32"], time(1, 1.0, 2.0 * 9.0 * 10.0 * 9.0));
+        assert_eq!(times["gemm f32 9×10·(9×10)ᵀ"], time(1, 1.0, 2.0 * 9.0 * 10.0 * 9.0));
         assert!(times.len() == 2 && gpu.kernel_times().is_empty());
         drop(Tensor::scratch(&gpu, [1 << 20, 100])); // 400 MiB
         assert!(gpu.peak_bytes() >= Some(400 << 20) && gpu.peak_bytes() < Some(500 << 20));

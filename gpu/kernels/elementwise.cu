@@ -4,13 +4,25 @@ KERNEL(fill)(T* y, float value, u64 n) {
     FOR_EACH(i, n) y[i] = value;
 }
 
+// A batch has a grid of terms and parts of the longest.
+template <class X, class Y> struct Term {
+    Y* y;
+    const X* x;
+    float alpha, beta;
+    u64 n;
+};
+#define FOR_TERM(i, n) \
+    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.y * blockDim.x)
+
 // Between bf16 and f32, the kernels of bf16; those of f32 copy.
-KERNEL(widen)(const T* x, float* y, u64 n) {
-    FOR_EACH(i, n) y[i] = x[i];
+KERNEL(widen)(const Term<T, float>* terms) {
+    const Term<T, float> t = terms[blockIdx.x];
+    FOR_TERM(i, t.n) t.y[i] = t.x[i];
 }
 
-KERNEL(narrow)(const float* x, T* y, u64 n) {
-    FOR_EACH(i, n) y[i] = x[i];
+KERNEL(narrow)(const Term<float, T>* terms) {
+    const Term<float, T> t = terms[blockIdx.x];
+    FOR_TERM(i, t.n) t.y[i] = t.x[i];
 }
 
 // y ← alpha·x + beta·y; y is not read if beta is 0.
@@ -22,16 +34,10 @@ KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) {
     }
 }
 
-// The same for each term of a batch. Grid: terms, parts of the longest.
-struct Term {
-    T* y;
-    const T* x;
-    float alpha, beta;
-    u64 n;
-};
-KERNEL(axpby_each)(const Term* terms) {
-    const Term t = terms[blockIdx.x];
-    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < t.n; i += (u64)gridDim.y * blockDim.x) {
+// The same for each term of a batch.
+KERNEL(axpby_each)(const Term<T, T>* terms) {
+    const Term<T, T> t = terms[blockIdx.x];
+    FOR_TERM(i, t.n) {
         const float x = t.alpha * t.x[i];
         t.y[i] = t.beta == 0.0f ? x : x + t.beta * t.y[i];
     }

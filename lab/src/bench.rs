@@ -97,14 +97,16 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
 fn kernel_table(report: &Report) -> String {
     let steps = report.steps as f64;
     let all: f64 = report.kernels.iter().map(|kernel| kernel.ms / steps).sum();
-    let mut text = format!("{:24}{:>8}{:>12}{:>8}", "kernel", "calls", "ms", "share");
+    let wide =
+        report.kernels.iter().map(|kernel| kernel.kernel.chars().count()).max().unwrap_or_default().max(8);
+    let mut text = format!("{:wide$}{:>8}{:>12}{:>8}", "kernel", "calls", "ms", "share");
     for KernelTime { kernel, calls, ms, flops } in &report.kernels {
         let rate = if *flops > 0.0 { format!("{:>10.1} TFLOP/s", flops / ms / 1e9) } else { String::new() };
         let (calls, ms) = (*calls as f64 / steps, ms / steps);
-        write!(text, "\n{kernel:24}{calls:>8.0}{ms:>12.3}{:>7.1}%{rate}", 100.0 * ms / all)
+        write!(text, "\n{kernel:wide$}{calls:>8.0}{ms:>12.3}{:>7.1}%{rate}", 100.0 * ms / all)
             .expect("a String takes it");
     }
-    write!(text, "\n{:24}{:>8}{all:>12.3} of {:.3} ms a step", "all", "", report.step_ms)
+    write!(text, "\n{:wide$}{:>8}{all:>12.3} of {:.3} ms a step", "all", "", report.step_ms)
         .expect("a String takes it");
     text
 }
