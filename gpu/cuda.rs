@@ -1,15 +1,16 @@
 //! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool, kernels compiled by
-//! NVRTC, products by cuBLAS.
+//! NVRTC, products by cuBLAS (plans.rs).
 //!
 //! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
 //! may be freed as soon as the last launch that uses it has been enqueued.
 
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
+use super::plans::Plans;
 use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
-use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
+use cudarc::cublas::{CudaBlas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::any::Any;
@@ -26,8 +27,12 @@ pub(super) struct Gpu {
     pub stream: Arc<CudaStream>,
     /// Whether memory comes from the driver's pool, in the order of the stream.
     pub pooled: bool,
-    /// A handle must not be used by two threads at a time.
+    /// For batches of products. A handle must not be used by two threads at a time.
     blas: Mutex<CudaBlas>,
+    /// For single products.
+    plans: Mutex<Plans>,
+    /// Theirs.
+    workspace: Address,
     functions: HashMap<(&'static str, Type), CudaFunction>,
     /// What has run since somebody asked for times.
     spans: Mutex<Option<Vec<Span>>>,
@@ -76,6 +81,10 @@ impl Cuda<f32> {
         // SAFETY: the handle is open
         let set = unsafe { blas_sys::cublasSetMathMode(*blas.handle(), F32_SUMS) };
         set.result().map_err(|e| failed("cuBLAS", &e))?;
+        // SAFETY: the context was made this thread's own when it was opened, and the stream is alive
+        let workspace = unsafe { allocate(&stream, pooled, Plans::workspace_bytes()) }.map_err(driver)?;
+        let plans =
+            Plans::new(workspace, &device.name, compile::cache()).map_err(|e| failed("cuBLAS", &e))?;
         let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
         let module = context.load_module(Ptx::from_binary(image)).map_err(driver)?;
         let function = |(kernel, element): (&'static str, Type)| {
@@ -90,6 +99,8 @@ impl Cuda<f32> {
             stream,
             pooled,
             blas: Mutex::new(blas),
+            plans: Mutex::new(plans),
+            workspace,
             functions,
             spans: Mutex::default(),
         })))
@@ -154,6 +165,25 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
     }
 }
 
+/// # Safety
+/// The stream's context must be this thread's own.
+unsafe fn allocate(stream: &CudaStream, pooled: bool, bytes: usize) -> Result<Address, result::DriverError> {
+    // SAFETY: the caller's promise
+    unsafe {
+        match pooled {
+            true => result::malloc_async(stream.cu_stream(), bytes),
+            false => result::malloc_sync(bytes),
+        }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // SAFETY: `plans` is not used any more
+        unsafe { self.free(self.workspace, Plans::workspace_bytes()) }
+    }
+}
+
 impl Gpu {
     /// The GPU that an executor is, unless it is another kind.
     pub fn of(executor: &dyn Executor) -> Option<&Self> {
@@ -195,14 +225,8 @@ impl Gpu {
     }
 
     fn try_alloc(&self, bytes: usize) -> Result<Address, result::DriverError> {
-        let bytes = bytes.max(1); // the driver has no empty allocations
         // SAFETY: the context is this thread's own, and the stream is alive
-        unsafe {
-            match self.pooled {
-                true => result::malloc_async(self.stream.cu_stream(), bytes),
-                false => result::malloc_sync(bytes),
-            }
-        }
+        unsafe { allocate(&self.stream, self.pooled, bytes.max(1)) } // the driver has no empty allocations
     }
 }
 
@@ -314,10 +338,6 @@ impl Executor for Gpu {
             }
             return;
         }
-        let t = match element {
-            Type::F32 => CUDA_R_32F,
-            Type::Bf16 => CUDA_R_16BF,
-        };
         let name = || {
             let operand = |t: bool, rows, cols| {
                 if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
@@ -325,7 +345,29 @@ impl Executor for Gpu {
             let batch = if operands.len() > 1 { format!("{} of ", operands.len()) } else { String::new() };
             format!("gemm {element} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
         };
-        // cuBLAS reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
+        let flops = 2.0 * m as f64 * k as f64 * n as f64 * operands.len() as f64;
+        if let &[[a, b, c]] = &operands[..] {
+            let shape = (element, [m, k, n], [ta, tb]);
+            let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if !plans.has(&shape) {
+                let bytes = element.bytes() * m * n;
+                let other = self.alloc(bytes); // C may be there to be added to
+                // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
+                let made = unsafe { plans.make(&self.stream, shape, [a, b, other]) };
+                // SAFETY: allocated with as many bytes
+                unsafe { self.free(other, bytes) };
+                self.must(&name(), made);
+            }
+            // SAFETY: the caller's promise
+            let run = || self.must(&name(), unsafe { plans.run(&self.stream, &shape, [a, b, c], add) });
+            return self.span(name, flops, run);
+        }
+        // a batch: arrays of pointers, on the device, first all A, then all B, then all C. The library reads by columns, so what it
+        // sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
+        let t = match element {
+            Type::F32 => CUDA_R_32F,
+            Type::Bf16 => CUDA_R_16BF,
+        };
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
         let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
@@ -334,21 +376,6 @@ impl Executor for Gpu {
         let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
         let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let handle = *blas.handle();
-        let flops = 2.0 * f64::from(m) * f64::from(k) * f64::from(n) * operands.len() as f64;
-        if let &[[a, b, c]] = &operands[..] {
-            let (a, b, c) = (a as *const c_void, b as *const c_void, c as *mut c_void);
-            return self.span(name, flops, || {
-                // SAFETY: the caller's promise
-                let done = unsafe {
-                    cublas::result::gemm_ex(
-                        handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, COMPUTE,
-                        ALGORITHM,
-                    )
-                };
-                self.must("gemm", done);
-            });
-        }
-        // a batch: arrays of pointers, on the device, first all A, then all B, then all C
         let count = operands.len();
         let addresses: Vec<u8> =
             (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();

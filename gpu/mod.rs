@@ -15,6 +15,8 @@ pub mod kernels;
 #[cfg(feature = "cuda")]
 mod nccl;
 #[cfg(feature = "cuda")]
+mod plans;
+#[cfg(feature = "cuda")]
 mod probe;
 #[cfg(feature = "simulator")]
 mod simulator;

@@ -6,7 +6,7 @@
 //! [`preload`] opens them by their full path.
 
 use cudarc::driver::{result, sys};
-use cudarc::{cublas, nvrtc};
+use cudarc::{cublas, cublaslt, nvrtc};
 use libloading::Library;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -134,7 +134,8 @@ pub(super) fn reason(error: result::DriverError) -> String {
 /// Makes sure that cuBLAS can be opened.
 fn products() -> Result<(), Unavailable> {
     // SAFETY: as in `look`
-    opened("cublas", &["cublasLt", "cublas"], || unsafe { cublas::sys::is_culib_present() })
+    let present = || unsafe { cublas::sys::is_culib_present() && cublaslt::sys::is_culib_present() };
+    opened("cublas", &["cublasLt", "cublas"], present)
 }
 
 /// Makes sure that NVRTC can be opened. It needs no driver.
