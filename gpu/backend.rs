@@ -28,7 +28,7 @@ impl Cuda<f32> {
 }
 
 impl<T: OnGpu> Cuda<T> {
-    /// The same device, with tensors of another type.
+    /// The same device, with tensors of another type. For attention in bf16 a GPU needs compute capability 8.0.
     pub fn with_elements<U: OnGpu>(&self) -> Cuda<U> {
         Cuda { executor: self.executor.clone(), element: PhantomData }
     }

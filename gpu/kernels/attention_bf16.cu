@@ -48,6 +48,7 @@ template <u32 C, u32 HEIGHT> __device__ void load(T* tile, const T* head, u64 st
             from += THREADS / PIECES * stride;
         }
     } else { // rows do not begin at multiples of 16 bytes
+#pragma unroll 1 // small code, no registers
         for (u32 i = threadIdx.x; i < HEIGHT * C * 32; i += THREADS) {
             const u32 row = i / (C * 32), c = i % (C * 32);
             T x = {0};
@@ -57,9 +58,15 @@ template <u32 C, u32 HEIGHT> __device__ void load(T* tile, const T* head, u64 st
     }
 }
 
-// Where this lane reads when the warp reads the 16×16 block that begins at `block`: 8 of its columns in one of its rows.
+// Where this lane reads when the warp reads a 16×16 block as a first factor, or transposed as a second one: 8 of its columns in one
+// of its rows. The four 8×8 matrices come in the order upper left, lower left, upper right, lower right;
 template <u32 C> __device__ const T* own_piece(const T* block) {
-    return block + threadIdx.x % WARP % 16 * Size<C>::WIDTH + threadIdx.x % WARP / 16 * 8;
+    return block + threadIdx.x % 16 * Size<C>::WIDTH + threadIdx.x / 16 % 2 * 8;
+}
+
+// as a second factor upper left, upper right, lower left, lower right: what belongs together lies in neighbouring registers.
+template <u32 C> __device__ const T* own_piece_of_second(const T* block) {
+    return block + (threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8) * Size<C>::WIDTH + threadIdx.x / 8 % 2 * 8;
 }
 
 // The standing rows of this warp as first factors, in registers …
@@ -88,7 +95,7 @@ template <u32 C> struct InShared {
 // s = standing·passingᵀ
 template <u32 C, u32 M, u32 N, class Standing>
 __device__ void rows_by_rows(Sums<M, N>& s, const Standing& standing, const T* passing) {
-    passing = own_piece<C>(passing);
+    passing = own_piece_of_second<C>(passing);
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
 #pragma unroll
@@ -103,12 +110,12 @@ __device__ void rows_by_rows(Sums<M, N>& s, const Standing& standing, const T* p
         for (u32 m = 0; m < M; m++) standing.block(a[m], m, k);
 #pragma unroll
         for (u32 n = 0; n < N / 16; n++) {
-            u32 b[4]; // rows 0 to 7, 8 to 15; then the same of the next 8 columns
+            u32 b[4];
             read_blocks(b, passing + n * 16 * Size<C>::WIDTH + k * 16);
 #pragma unroll
             for (u32 m = 0; m < M; m++) {
-                multiply_add(s[m][n * 2], a[m], b[0], b[2]);
-                multiply_add(s[m][n * 2 + 1], a[m], b[1], b[3]);
+                multiply_add(s[m][n * 2], a[m], b[0], b[1]);
+                multiply_add(s[m][n * 2 + 1], a[m], b[2], b[3]);
             }
         }
     }
@@ -129,7 +136,7 @@ __device__ void weights_by_rows(Sums<M, C * 32>& sum, const Sums<M, N>& weights,
         }
 #pragma unroll
         for (u32 n = 0; n < C * 2; n++) {
-            u32 b[4]; // transposed: columns 0 to 7 of rows 0 to 7, of rows 8 to 15; then the next 8 columns
+            u32 b[4];
             read_blocks_transposed(b, passing + k * 16 * Size<C>::WIDTH + n * 16);
 #pragma unroll
             for (u32 m = 0; m < M; m++) {
@@ -420,18 +427,16 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
     load<C, STANDING>(sv, v + at, kv_stride, first, z.tk, z.h);
     const InShared<C> keys = {sk + warp_row<C>() * WIDTH}, values = {sv + warp_row<C>() * WIDTH};
     Sums<M, C * 32> sum_k = {}, sum_v = {};
-    const u32 passes = from < z.tq ? (z.tq - from + PASSING - 1) / PASSING * group : 0;
-    u32 next_start = from, next_head = kv_head * group;
-    if (passes > 0) load_queries(0, next_head, from);
+    const u32 end_head = (kv_head + (from < z.tq)) * group; // no head if no query sees a key
+    if (from < z.tq) load_queries(0, kv_head * group, from);
     wait_for_copies();
     __syncthreads();
-    for (u32 pass = 0; pass < passes; pass++) {
-        const u32 buffer = pass % 2, start = next_start;
+    for (u32 head = kv_head * group, start = from, buffer = 0; head < end_head; buffer ^= 1) {
         wait_for_copies();
         __syncthreads(); // as above
-        next_start += PASSING;
-        if (next_start >= z.tq) next_start = from, next_head++;
-        if (pass + 1 < passes) load_queries(buffer ^ 1, next_head, next_start);
+        const bool last = start + PASSING >= z.tq; // queries of this head
+        const u32 next_head = head + last, next_start = last ? from : start + PASSING;
+        if (next_head < end_head) load_queries(buffer ^ 1, next_head, next_start);
 #pragma unroll 1
         for (u32 part = 0; part < PASSING; part += N) {
             if (start + part + N <= by_some) continue; // the whole warp
@@ -468,6 +473,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
             }
             weights_by_rows<C, M, N>(sum_k, p, queries_now);
         }
+        head = next_head, start = next_start;
     }
     float scale[M][2], one[M][2];
     for (u32 m = 0; m < M; m++) {
