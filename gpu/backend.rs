@@ -30,7 +30,7 @@ impl Cuda<f32> {
 }
 
 impl<T: OnGpu> Cuda<T> {
-    /// The same device, with tensors of another type.
+    /// The same device, with tensors of another type. For attention in bf16 a GPU needs compute capability 8.0.
     pub fn with_elements<U: OnGpu>(&self) -> Cuda<U> {
         Cuda { executor: self.executor.clone(), element: PhantomData }
     }
@@ -609,9 +609,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut lse = Tensor::scratch(&q.device().wide(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
         let args = args![q, k, v, &mut o, &mut lse];
         // SAFETY: (q, k, v, o, lse, …)
-        unsafe {
-            z.launch(q.device(), ["attention_1", "attention_2", "attention_4"], Stand::Queries, [3, 1], args)
-        };
+        unsafe { z.launch(q.device(), Pass::Forward, args) };
         (o, lse)
     }
     fn attention_grad(
@@ -632,16 +630,18 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut dk = Tensor::scratch(device, k.shape()); // [batch·tk, kv_heads·h]
         let mut dv = Tensor::scratch(device, v.shape()); // [batch·tk, kv_heads·h]
         let args = args![o, dout, &mut delta, rows as u64, int(how.heads), int(z.tq), int(z.h)];
-        // SAFETY: (o, dout, delta, rows, heads, tq, h); a warp for each row
-        unsafe { device.launch("attention_delta", [rows.div_ceil(4), 1, 1], 128, args) };
+        let lanes = match T::TYPE {
+            Type::F32 => 32,
+            Type::Bf16 => z.columns() / 8,
+        };
+        // SAFETY: (o, dout, delta, rows, heads, tq, h); so many lanes for each row
+        unsafe { device.launch("attention_delta", [(rows * lanes).div_ceil(128), 1, 1], 128, args) };
         let args = args![q, k, v, dout, lse, &delta, &mut dq];
-        let names = ["attention_dq_1", "attention_dq_2", "attention_dq_4"];
         // SAFETY: (q, k, v, dout, lse, delta, dq, …)
-        unsafe { z.launch(device, names, Stand::Queries, [4, 1], args) };
+        unsafe { z.launch(device, Pass::Queries, args) };
         let args = args![q, k, v, dout, lse, &delta, &mut dk, &mut dv];
-        let names = ["attention_dkv_1", "attention_dkv_2", "attention_dkv_4"];
         // SAFETY: (q, k, v, dout, lse, delta, dk, dv, …)
-        unsafe { z.launch(device, names, Stand::Keys, [4, 2], args) };
+        unsafe { z.launch(device, Pass::Keys, args) };
         [dq, dk, dv]
     }
 
@@ -685,16 +685,18 @@ struct Layout {
     how: Attention,
 }
 
-/// Which side of the scores a block keeps while the other passes by.
-#[derive(PartialEq)]
-enum Stand {
+/// The three kernels.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    /// dQ: queries stand, as in the forward.
     Queries,
+    /// dK and dV: keys stand.
     Keys,
 }
 
 impl Layout {
-    /// Rows of a tile, and threads of a block.
-    const TILE: usize = 32;
+    /// Threads of a block.
     const THREADS: u32 = 128;
     /// The largest head size: a kernel for up to 32·4.
     const MAX_HEAD: usize = 128;
@@ -719,33 +721,49 @@ impl Layout {
         Self { tq: q.rows() / batch, tk: k.rows() / batch, h, how }
     }
 
-    /// The kernel for this head size, with `args` and then the sizes; shared memory for some tiles of h columns and some of scores.
+    /// Columns that the kernels compute with: there is one for 32, for 64 and for 128.
+    fn columns(&self) -> usize {
+        self.h.next_power_of_two().max(32)
+    }
+
+    /// Rows of a tile that stands, and bytes of shared memory, as the kernels have them (gpu/kernels/attention.cu, attention_bf16.cu).
+    fn tile(&self, element: Type, pass: Pass) -> [usize; 2] {
+        let columns = self.columns();
+        let standing = if pass == Pass::Forward { 1 } else { 2 }; // tensors; two pass
+        match element {
+            Type::F32 => {
+                let scores = if pass == Pass::Keys { 2 } else { 1 };
+                [32, ((standing + 2) * 32 * (columns + 1) + scores * 32 * 32) * size_of::<f32>()]
+            }
+            Type::Bf16 => {
+                let rows = if columns < 128 { 128 } else { 64 };
+                let passing = if columns < 128 || pass == Pass::Forward { 64 } else { 32 };
+                let wide = standing * rows + 2 * 2 * passing; // rows, with two buffers
+                let statistics = if pass == Pass::Keys { 2 * 2 * passing } else { 0 };
+                [rows, wide * (columns + 8) * size_of::<Bf16>() + statistics * size_of::<f32>()]
+            }
+        }
+    }
+
+    /// The kernel for this head size, with `args` and then the sizes.
     ///
     /// # Safety
     /// `args` must be those of the kernel, in number, type and meaning.
-    unsafe fn launch<T: OnGpu>(
-        &self,
-        device: &Cuda<T>,
-        kernels: [&'static str; 3],
-        stand: Stand,
-        [wide, square]: [usize; 2],
-        args: &[Arg],
-    ) {
+    unsafe fn launch<T: OnGpu>(&self, device: &Cuda<T>, pass: Pass, args: &[Arg]) {
         let Attention { batch, heads, kv_heads, causal } = self.how;
-        let (kernel, columns) = match self.h {
-            0..=32 => (kernels[0], 32),
-            33..=64 => (kernels[1], 64),
-            _ => (kernels[2], 128),
+        let kernels = match pass {
+            Pass::Forward => ["attention_1", "attention_2", "attention_4"],
+            Pass::Queries => ["attention_dq_1", "attention_dq_2", "attention_dq_4"],
+            Pass::Keys => ["attention_dkv_1", "attention_dkv_2", "attention_dkv_4"],
         };
-        let floats = wide * Self::TILE * (columns + 1) + square * Self::TILE * Self::TILE;
-        let (len, heads_of_grid) =
-            if stand == Stand::Queries { (self.tq, heads) } else { (self.tk, kv_heads) };
+        let [rows, shared] = self.tile(T::TYPE, pass);
+        let (len, heads_of_grid) = if pass == Pass::Keys { (self.tk, kv_heads) } else { (self.tq, heads) };
         let launch = Launch {
-            kernel,
+            kernel: kernels[self.columns().ilog2() as usize - 5],
             element: T::TYPE,
-            grid: [len.div_ceil(Self::TILE), heads_of_grid, batch].map(int),
+            grid: [len.div_ceil(rows), heads_of_grid, batch].map(int),
             threads: Self::THREADS,
-            shared: int(floats * size_of::<f32>()),
+            shared: int(shared),
         };
         let sizes = [self.tq, self.tk, heads, kv_heads, self.h].map(|x| Arg::from(int(x)));
         let scale = (1.0 / (self.h as f64).sqrt()) as f32;

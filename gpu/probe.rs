@@ -24,6 +24,13 @@ pub struct Found {
     pub memory: usize,
 }
 
+impl Found {
+    /// Whether it can compute in bf16: the kernels of attention use instructions of compute capability 8.0.
+    pub fn has_bf16(&self) -> bool {
+        self.capability >= [8, 0]
+    }
+}
+
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [major, minor] = self.capability;

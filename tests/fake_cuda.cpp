@@ -47,6 +47,7 @@ static thread_local Device* context;
 static std::mutex busy;
 static const char* const FAILS = getenv("RANKGRAD_FAKE_FAILS");
 static const char* const BYTES = getenv("RANKGRAD_FAKE_BYTES");
+static const int MAJOR = getenv("RANKGRAD_FAKE_MAJOR") ? atoi(getenv("RANKGRAD_FAKE_MAJOR")) : 9; // compute capability
 static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
 
 // Nothing here enqueues behind what waits for others: it could not be carried out at once.
@@ -60,7 +61,7 @@ int cuGetErrorString(int, const char** words) { return *words = "its words", 0; 
 int cuDeviceGetCount(int* count) { return *count = 2, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, 0; }
-int cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 9 : which == 115 ? 1 : 0, 0; } // 9.0, pools
+int cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? MAJOR : which == 115 ? 1 : 0, 0; } // MAJOR.0, pools
 int cuDeviceGetName(char* name, int, int) { return strcpy(name, "Simulated"), 0; }
 int cuDeviceCanAccessPeer(int* can, int device, int peer) { return *can = device != peer, 0; }
 int cuDevicePrimaryCtxRetain(Device** out, int ordinal) { return *out = &devices[ordinal], 0; }

@@ -156,12 +156,14 @@ pub enum Opened {
 /// Opens what was asked for; `auto` says on standard error what it takes.
 ///
 /// # Errors
-/// Why there is no such GPU, and what to do. bf16 on the processor.
+/// Why there is no such GPU, and what to do. bf16 on the processor, or on a GPU that has none.
 pub fn open(device: Device, precision: Precision) -> Result<Opened> {
     match (opened(device)?, precision) {
         (opened, Precision::F32) => Ok(opened),
         #[cfg(feature = "cuda")]
-        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => Ok(Opened::Mixed(gpu)),
+        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => {
+            has_bf16(device).map(|()| Opened::Mixed(gpu))
+        }
         (Opened::Cpu(_), Precision::Bf16) => Err(Error::new(
             "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
         )),
@@ -287,6 +289,17 @@ fn found(ordinal: usize) -> std::result::Result<(), String> {
     use rankgrad::gpu::Unavailable::NoSuchDevice;
     let count = rankgrad::gpu::devices().map_err(|why| why.to_string())?.len();
     if ordinal < count { Ok(()) } else { Err(NoSuchDevice(ordinal, count).to_string()) }
+}
+
+#[cfg(feature = "cuda")]
+fn has_bf16(device: Device) -> Result<()> {
+    let ordinal = if let Device::Cuda(ordinal) = device { ordinal } else { 0 };
+    match rankgrad::gpu::devices().ok().and_then(|all| all.get(ordinal)) {
+        Some(old) if !old.has_bf16() => Err(Error::new(format!(
+            "precision is bf16, for which {old} is too old (8.0 is needed): train a new run with --precision f32"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
