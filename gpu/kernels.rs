@@ -35,7 +35,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 38] = [
+pub const NAMES: [&str; 37] = [
     "fill",
     "widen",
     "narrow",
@@ -60,7 +60,6 @@ pub const NAMES: [&str; 38] = [
     "layer_norm",
     "layer_norm_grad",
     "sum_rows",
-    "rms_norm_gain",
     "layer_norm_gain",
     "sum",
     "sum_squares",
