@@ -262,6 +262,11 @@ impl<B: Backend> Grads<B> {
         self.slots[x.id.0].as_ref()
     }
 
+    /// Takes out what has been added to the gradient of `x`, for a backward that adds its own to it and gives the sum to [`Grads::add`].
+    pub fn taken(&mut self, x: VarId) -> Option<Tensor<B>> {
+        self.slots[x.0].take()
+    }
+
     /// Takes the gradient of `x` out; zeros if the loss does not depend on it.
     pub fn take(&mut self, x: VarId, device: &B) -> Tensor<B> {
         let slot = self.slots[x.0].take();

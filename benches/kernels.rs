@@ -83,7 +83,7 @@ fn rows(c: &mut Criterion) {
         bench(c, "rms_norm", &format!("{preset} forward"), x.len(), || B::rms_norm(&x, &g, 1e-5));
         let (_, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [N, d], [N]
         bench(c, "rms_norm", &format!("{preset} backward"), x.len(), || {
-            B::rms_norm_grad(&x, &g, &inv_rms, &dy)
+            B::rms_norm_grad(&x, &g, &inv_rms, &dy, None)
         });
 
         let (gate, up, df) = (draw([rows, f]), draw([rows, f]), draw([rows, f]));

@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL:
 def compiled(nvrtc: ctypes.CDLL, text: str, arch: str) -> tuple[bytes, str]:
     """Machine code for arch sm_N, PTX for compute_N; and the compiler's log."""
     program = ctypes.c_void_p()
-    options = [f"--gpu-architecture={arch}", "--std=c++17"]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--device-as-default-execution-space"]
     if arch.startswith("sm_"):
         options.append("--ptxas-options=--verbose")
     arguments = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])

@@ -74,11 +74,12 @@ impl<T: OnGpu> Cuda<T> {
         unsafe { self.executor.launch(Launch { kernel, element: T::TYPE, grid, threads, shared: 0 }, args) }
     }
 
-    /// A kernel that looks at `n` elements, each by itself.
+    /// A kernel that looks at `n` elements, each by itself: a thread for 32 bytes.
     ///
     /// # Safety
     /// As for `launch`.
     unsafe fn each(&self, kernel: &'static str, n: usize, args: &[Arg]) {
+        let n = n.div_ceil(2 * Self::PACK);
         let threads = threads(n);
         // SAFETY: the caller's promise
         unsafe { self.launch(kernel, [blocks(n, threads), 1, 1], threads, args) }
@@ -100,18 +101,31 @@ impl<T: OnGpu> Cuda<T> {
         };
         let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
         let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
-        let grid = [table.len(), blocks(most, THREADS).min(512), 1];
+        let grid = [table.len(), blocks(most.div_ceil(2 * Cuda::<X>::PACK), THREADS).min(512), 1];
         // SAFETY: the caller's promise, and each row has the fields of a Term
         unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
     }
 
-    /// A kernel with one block for each of `n` rows of `d` columns.
+    /// Elements of 16 bytes, which kernels load and store at once.
+    const PACK: usize = 16 / size_of::<T>();
+
+    /// Threads of a block, and how many rows of `d` columns it takes side by side. As gpu/kernels/common.cuh has it: a warp for each row of
+    /// up to 4 KiB, otherwise a block.
+    fn sides(d: usize) -> (u32, usize) {
+        match d * size_of::<T>() {
+            0..=4096 => (128, 4),
+            bytes => ((bytes / 64).next_multiple_of(32).min(512) as u32, 1), // four packs for a thread, or more
+        }
+    }
+
+    /// A kernel that looks at each of `n` rows of `d` columns.
     ///
     /// # Safety
     /// As for `launch`.
     unsafe fn rows(&self, kernel: &'static str, [n, d]: [usize; 2], args: &[Arg]) {
+        let (threads, sides) = Self::sides(d);
         // SAFETY: the caller's promise
-        unsafe { self.launch(kernel, [n, 1, 1], threads(d), args) }
+        unsafe { self.launch(kernel, [n.div_ceil(sides), 1, 1], threads, args) }
     }
 
     /// Sums over the rows of [n, d] by a kernel that ends with the arguments (y, n, d, chunk) → \[d\]: so many chunks of rows that
@@ -121,13 +135,19 @@ impl<T: OnGpu> Cuda<T> {
     /// As for `launch`.
     unsafe fn column_sums(&self, kernel: &'static str, [n, d]: [usize; 2], inputs: &[Arg]) -> Tensor<Self> {
         // rows that one block adds: few, but not so few that adding up the chunks takes as long again
-        let chunk = n.div_ceil(1024).max(256);
-        let chunks = n.div_ceil(chunk).max(1);
+        let chunk = n.div_ceil(512).max(128);
         // SAFETY: the caller's promise
-        let mut sums = unsafe { self.chunk_sums(kernel, [n, d], chunk, inputs) }; // [chunks, d]
-        if chunks > 1 {
+        let sums = unsafe { self.chunk_sums(kernel, [n, d], chunk, 256, inputs) }; // [chunks, d]
+        self.total(sums) // [d]
+    }
+
+    /// The sum of the rows of [chunks, d] → \[d\].
+    fn total(&self, mut sums: Tensor<Cuda<f32>>) -> Tensor<Self> {
+        let (chunks, d) = (sums.rows(), sums.cols());
+        if chunks != 1 {
             // SAFETY: (x, …)
-            sums = unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks, args![&sums]) }; // [1, d]
+            sums =
+                unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks.max(1), 1024, args![&sums]) }; // [1, d]
         }
         sums.reshape([d]).cast(self) // [d]
     }
@@ -141,13 +161,14 @@ impl<T: OnGpu> Cuda<T> {
         kernel: &'static str,
         [n, d]: [usize; 2],
         chunk: usize,
+        threads: u32,
         inputs: &[Arg],
     ) -> Tensor<Cuda<f32>> {
         let chunks = n.div_ceil(chunk).max(1);
         let mut y = Tensor::scratch(&self.wide(), [chunks, d]); // [chunks, d]
         let args = [inputs, args![&mut y, n as u64, int(d), int(chunk)]].concat();
         // SAFETY: the caller's promise, and y has a row for each chunk
-        unsafe { self.launch(kernel, [d.div_ceil(32), chunks, 1], 256, &args) };
+        unsafe { self.launch(kernel, [d.div_ceil(32 * Self::PACK), chunks, 1], threads, &args) };
         y
     }
 
@@ -155,7 +176,7 @@ impl<T: OnGpu> Cuda<T> {
     fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
         let Some(first) = xs.first() else { return Vec::new() };
         let device = first.device();
-        let parts = |x: &Tensor<Self>| x.len().div_ceil(THREADS as usize).clamp(1, 512);
+        let parts = |x: &Tensor<Self>| x.len().div_ceil(2 * Self::PACK * THREADS as usize).clamp(1, 512);
         let each = |&x: &&Tensor<Self>| {
             [checked::<T>(x.buffer(), x.len()).address(), x.len() as u64, parts(x) as u64]
         };
@@ -452,16 +473,16 @@ impl<T: OnGpu> Backend for Cuda<T> {
     fn softmax(x: &Tensor<Self>) -> Tensor<Self> {
         let (n, d) = (x.rows(), x.cols());
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
-        // SAFETY: (x, y, d)
-        unsafe { x.device().rows("softmax", [n, d], args![x, &mut y, int(d)]) };
+        // SAFETY: (x, y, n, d)
+        unsafe { x.device().rows("softmax", [n, d], args![x, &mut y, n as u64, int(d)]) };
         y
     }
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self> {
         same_len("softmax_grad", [y, dy]);
         let (n, d) = (y.rows(), y.cols());
         let mut dx = Tensor::scratch(y.device(), y.shape()); // [n, d]
-        // SAFETY: (y, dy, dx, d)
-        unsafe { y.device().rows("softmax_grad", [n, d], args![y, dy, &mut dx, int(d)]) };
+        // SAFETY: (y, dy, dx, n, d)
+        unsafe { y.device().rows("softmax_grad", [n, d], args![y, dy, &mut dx, n as u64, int(d)]) };
         dx
     }
 
@@ -470,8 +491,9 @@ impl<T: OnGpu> Backend for Cuda<T> {
         assert!(g.len() == d, "rms_norm: {} for {}", g.shape(), x.shape());
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
         let mut inv_rms = Tensor::scratch(&x.device().wide(), [n]); // [n]
-        // SAFETY: (x, g, y, inv_rms, d, eps)
-        unsafe { x.device().rows("rms_norm", [n, d], args![x, g, &mut y, &mut inv_rms, int(d), eps as f32]) };
+        let args = args![x, g, &mut y, &mut inv_rms, n as u64, int(d), eps as f32];
+        // SAFETY: (x, g, y, inv_rms, n, d, eps)
+        unsafe { x.device().rows("rms_norm", [n, d], args) };
         (y, inv_rms)
     }
     fn rms_norm_grad(
@@ -479,16 +501,31 @@ impl<T: OnGpu> Backend for Cuda<T> {
         g: &Tensor<Self>,
         inv_rms: &Tensor<Cuda<f32>>,
         dy: &Tensor<Self>,
+        before: Option<Tensor<Self>>,
     ) -> [Tensor<Self>; 2] {
-        let (n, d) = (x.rows(), x.cols());
-        same_len("rms_norm_grad", [x, dy]);
+        let (n, d, device) = (x.rows(), x.cols(), x.device());
+        let adds = before.is_some();
+        let mut dx = before.unwrap_or_else(|| Tensor::scratch(device, x.shape())); // [n, d]
+        same_len("rms_norm_grad", [x, dy, &dx]);
         assert!(g.len() == d && inv_rms.len() == n, "rms_norm_grad: {} and {}", g.shape(), inv_rms.shape());
-        let mut dx = Tensor::scratch(x.device(), x.shape()); // [n, d]
-        // SAFETY: (x, g, inv_rms, dy, dx, d)
-        unsafe { x.device().rows("rms_norm_grad", [n, d], args![x, g, inv_rms, dy, &mut dx, int(d)]) };
-        // SAFETY: (x, inv_rms, dy, …)
-        let dg = unsafe { x.device().column_sums("rms_norm_gain", [n, d], args![x, inv_rms, dy]) }; // [d]
-        [dx, dg]
+        // what the smallest device since sm_80 gives a block of shared memory, 99 KiB, holds a row of sums
+        assert!(d <= 24 << 10, "rms_norm_grad: on GPUs a row has at most {} columns, not {d}", 24 << 10);
+        let (threads, sides) = Self::sides(d);
+        let chunk = n.div_ceil(512).max(sides); // all blocks at once, each long enough that its sums are few
+        let blocks = n.div_ceil(chunk);
+        let mut sums = Tensor::scratch(&device.wide(), [blocks, d]); // [blocks, d]
+        let args =
+            args![x, g, inv_rms, dy, &mut dx, &mut sums, n as u64, int(d), int(chunk), u32::from(adds)];
+        let launch = Launch {
+            kernel: "rms_norm_grad",
+            element: T::TYPE,
+            grid: [int(blocks), 1, 1],
+            threads,
+            shared: int(sides * d * size_of::<f32>()),
+        };
+        // SAFETY: (x, g, inv_rms, dy, dx, sums, n, d, chunk, adds), and sums has a row for each chunk
+        unsafe { device.executor.launch(launch, args) };
+        [dx, device.total(sums)]
     }
 
     fn layer_norm(
@@ -507,8 +544,8 @@ impl<T: OnGpu> Backend for Cuda<T> {
         );
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
         let mut stats = Tensor::scratch(&x.device().wide(), [n, 2]); // [n, 2]
-        let args = args![x, g, b, &mut y, &mut stats, int(d), eps as f32];
-        // SAFETY: (x, g, b, y, stats, d, eps)
+        let args = args![x, g, b, &mut y, &mut stats, n as u64, int(d), eps as f32];
+        // SAFETY: (x, g, b, y, stats, n, d, eps)
         unsafe { x.device().rows("layer_norm", [n, d], args) };
         (y, stats)
     }
@@ -522,8 +559,10 @@ impl<T: OnGpu> Backend for Cuda<T> {
         same_len("layer_norm_grad", [x, dy]);
         assert!(g.len() == d && stats.len() == 2 * n, "layer_norm_grad: {} and {}", g.shape(), stats.shape());
         let mut dx = Tensor::scratch(x.device(), x.shape()); // [n, d]
-        // SAFETY: (x, g, stats, dy, dx, d)
-        unsafe { x.device().rows("layer_norm_grad", [n, d], args![x, g, stats, dy, &mut dx, int(d)]) };
+        // SAFETY: (x, g, stats, dy, dx, n, d)
+        unsafe {
+            x.device().rows("layer_norm_grad", [n, d], args![x, g, stats, dy, &mut dx, n as u64, int(d)])
+        };
         // SAFETY: (x, stats, dy, …)
         let dg = unsafe { x.device().column_sums("layer_norm_gain", [n, d], args![x, stats, dy]) }; // [d]
         [dx, dg, Self::sum_rows(dy)]
@@ -552,7 +591,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut y = Tensor::scratch(device, [rows, d]); // [ids, d]
         let ids = device.stage(ids);
         // SAFETY: (table, ids, y, rows, d), the ids below the table's rows
-        unsafe { device.each("embedding", rows * d, args![table, &ids, &mut y, rows as u64, int(d)]) };
+        unsafe { device.rows("embedding", [rows, d], args![table, &ids, &mut y, rows as u64, int(d)]) };
         y
     }
     fn embedding_grad(shape: Shape, ids: &[u32], dy: &Tensor<Self>) -> Tensor<Self> {
@@ -570,7 +609,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let [ids, order, starts] = [ids, &order, &starts].map(|x| device.stage(x));
         let args = args![dy, &ids, &order, &starts, &mut dtable, int(d)];
         // SAFETY: (dy, ids, order, starts, dtable, d), the ids below the table's rows
-        unsafe { device.rows("embedding_grad", [occurring, d], args) };
+        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 256, args) };
         dtable
     }
 
@@ -593,7 +632,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut y = Tensor::scratch(x.device(), x.shape()); // [n, d]
         let args = args![x, table, &mut y, rows as u64, int(d), int(h), int(len), int(offset), sign];
         // SAFETY: (x, table, y, rows, d, h, len, offset, sign)
-        unsafe { x.device().each("rope", rows * d / 2, args) };
+        unsafe { x.device().rows("rope", [rows, d], args) };
         y
     }
 
@@ -652,11 +691,11 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut dx = Tensor::scratch(device, logits.shape()); // [n, v]
         let mut loss = Tensor::scratch(&device.wide(), [1]); // [1]
         let (targets, losses) = (device.stage(targets), device.alloc(n * size_of::<f64>()));
-        let args = args![logits, &targets, &mut dx, &losses, int(d), 1.0 / n as f32];
-        // SAFETY: (x, targets, dx, losses, d, inv_n), the targets below d
+        let args = args![logits, &targets, &mut dx, &losses, n as u64, int(d), 1.0 / n as f32];
+        // SAFETY: (x, targets, dx, losses, n, d, inv_n), the targets below d
         unsafe { device.rows("cross_entropy", [n, d], args) };
         // SAFETY: (losses, mean, n)
-        unsafe { device.rows("mean_loss", [1, n], args![&losses, &mut loss, int(n)]) };
+        unsafe { device.launch("mean_loss", [1, 1, 1], threads(n), args![&losses, &mut loss, int(n)]) };
         (loss, dx)
     }
 

@@ -33,8 +33,9 @@ pub fn compile(source: &str, arch: &str) -> Result<Vec<u8>, String> {
     image
 }
 
-fn options(arch: &str) -> [String; 2] {
-    [format!("--gpu-architecture={arch}"), "--std=c++17".into()]
+fn options(arch: &str) -> [String; 3] {
+    // the last for lambdas with parameters of any type, which cannot say that they are the device's
+    [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--device-as-default-execution-space".into()]
 }
 
 /// # Safety

@@ -38,7 +38,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 40] = [
+pub const NAMES: [&str; 39] = [
     "fill",
     "widen",
     "narrow",
@@ -64,7 +64,6 @@ pub const NAMES: [&str; 40] = [
     "layer_norm",
     "layer_norm_grad",
     "sum_rows",
-    "rms_norm_gain",
     "layer_norm_gain",
     "sum",
     "sum_squares",

@@ -64,12 +64,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
     /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms \[n\].
     fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Self::Wide>);
-    /// (dx, dg).
+    /// (before + dx, dg).
     fn rms_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
         inv_rms: &Tensor<Self::Wide>,
         dy: &Tensor<Self>,
+        before: Option<Tensor<Self>>,
     ) -> [Tensor<Self>; 2];
     /// `y = g ∘ (x − mean)/std + b` per row, std = √(var + eps); also returns mean and 1/std side by side [n, 2].
     fn layer_norm(

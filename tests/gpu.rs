@@ -232,6 +232,60 @@ fn kernels_round_to_bf16_as_the_host_does() {
     assert!(narrowed.to_vec().into_iter().map(Bf16::to_bits).eq(wanted));
 }
 
+/// Rows that are shorter than a pack, no multiple of packs, for a warp, for a block, too long to be kept; and those numbers of elements.
+#[test]
+fn rows_and_tensors_of_every_length() {
+    fn agrees<T: OnGpu>(gpu: &Cuda<f32>) {
+        let device = gpu.with_elements::<T>();
+        for d in [1, 3, 7, 8, 9, 31, 64, 96, 513, 768, 1024, 1032, 2048, 2056, 16_390, 33_000] {
+            let exact = rows::<T, _>(&Cpu::<f64>::default(), 5, d);
+            for (i, (gpu, exact)) in rows::<T, _>(&device, 5, d).iter().zip(&exact).enumerate() {
+                let (error, allowed) = (distance(gpu, exact), 1e-5f64.max(4.0 * T::UNIT_ROUNDOFF));
+                assert!(error < allowed, "{d} columns, result {i}: {error:e}");
+            }
+        }
+    }
+    let Some(gpu) = gpu() else { return };
+    agrees::<f32>(&gpu);
+    agrees::<Bf16>(&gpu);
+}
+
+/// What looks at rows of d columns, or at n·d elements.
+fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>> {
+    let draw = draw_in::<E, B>;
+    let [x, y, dy] = [1, 2, 3].map(|seed| draw(device, seed, &[n, d])); // [n, d]
+    let [g, b] = [4, 5].map(|seed| draw(device, seed, &[d])); // [d]
+    let ids = [2, 0, 2, 4, 2];
+    let mut out = vec![B::binary(Binary::Add, &x, &y), B::swiglu(&x, &y), B::embedding(&x, &ids)];
+    out.extend(B::swiglu_grad(&x, &y, &dy));
+    out.extend([B::sum_rows(&x), B::embedding_grad([5, d].into(), &ids, &dy)]);
+    let mut z = y.clone(); // [n, d]
+    z.axpby(0.3, &x, -1.5);
+    out.push(z);
+    let mut wide = vec![B::widen(&x), B::widen(&x).cast::<B>(device).cast(&device.wide())];
+    let (normed, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [n, d], [n]
+    if d <= 24 << 10 {
+        out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
+    }
+    out.extend([normed, B::softmax(&x), B::softmax_grad(&x, &dy)]);
+    wide.push(inv_rms);
+    if d > 1 {
+        // a single column is its own mean, and certain: what should be 0 is rounding
+        let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
+        out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
+        let (loss, dx) = B::cross_entropy(&x, &ids.map(|id| id % d as u32)); // [1], [n, d]
+        out.extend([normed, dx]);
+        wide.extend([stats, loss]);
+    }
+    if d.is_multiple_of(2) {
+        let rope = Rope::new(&device.wide(), 8, if d % 64 == 0 { 64 } else { d }, 10_000.0);
+        let tape = Tape::new(device);
+        out.push(tape.constant(&x).rope(&rope, n, 3).value());
+    }
+    let values = out.iter().map(Tensor::to_f64).chain(wide.iter().map(Tensor::to_f64));
+    values.chain([vec![x.norm(), B::sum(&x)]]).collect()
+}
+
 /// Other schedules of the threads, the same bits.
 #[test]
 fn the_order_of_threads_does_not_matter() {
@@ -256,7 +310,7 @@ fn workload<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
 /// Every kernel but attention's, at sizes at which its loops go round more than once, on inputs that E holds.
 fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     let draw = draw_in::<E, B>;
-    let (n, d) = (70, 300); // more rows than a tile, more columns than threads
+    let (n, d) = (70, 304); // more rows than a tile, columns in packs, more than one for each thread of a warp
     let (x, y, dy) = (draw(device, 1, &[n, d]), draw(device, 2, &[n, d]), draw(device, 3, &[n, d])); // [n, d]
     let (g, b) = (draw(device, 4, &[d]), draw(device, 5, &[d])); // [d]
     let ids: Vec<u32> = (0..n as u32).map(|i| (i * i) % 23).collect();
@@ -270,9 +324,18 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend(B::swiglu_grad(&x, &y, &dy));
     out.push(B::softmax_grad(&B::softmax(&x), &dy));
     let (normed, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [n, d], [n]
-    out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy));
+    out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, None));
+    out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
     out.push(normed);
     wide.push(inv_rms);
+    let long = draw(device, 10, &[2, 2200]); // [2, 2200]: a block for each row
+    let gain = draw(device, 11, &[2200]); // [2200]
+    let (normed, inv_rms) = B::rms_norm(&long, &gain, 1e-5); // [2, 2200], [2]
+    out.extend(B::rms_norm_grad(&long, &gain, &inv_rms, &long, None));
+    out.push(normed);
+    wide.push(inv_rms);
+    let [odd, more] = [12, 13].map(|seed| draw(device, seed, &[9, 37])); // [9, 37]: no packs, and a tail
+    out.extend([B::binary(Binary::Add, &odd, &more), B::sum_rows(&odd), B::softmax(&odd)]);
     let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
     out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
     out.push(normed);
@@ -282,7 +345,7 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     wide.push(loss);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
     out.push(B::sum_rows(&draw(device, 6, &[600, 40])));
-    let rope = Rope::new(&device.wide(), 40, 10, 10_000.0);
+    let rope = Rope::new(&device.wide(), 40, 16, 10_000.0);
     let tape = Tape::new(device);
     out.push(tape.constant(&x).rope(&rope, 35, 5).value());
     let mut z = y.clone();
@@ -374,8 +437,8 @@ fn planted_bugs_are_found() {
         (
             In::Both,
             "a barrier before columns are added",
-            "part[threadIdx.x] = sum;\n    __syncthreads();",
-            "part[threadIdx.x] = sum;",
+            "parts[j][threadIdx.x] = sums[j];\n    __syncthreads();",
+            "parts[j][threadIdx.x] = sums[j];",
         ),
         (
             In::F32,
@@ -425,15 +488,52 @@ fn planted_bugs_are_found() {
             In::Both,
             "an argument too few",
             "KERNEL(fill)(T* y, float value, u64 n) {",
-            "KERNEL(fill)(T* y, float value) { u64 n = 1;",
+            "KERNEL(fill)(T* y, float value) {\n    const u64 n = 1;",
         ),
         (
             In::Both,
             "a write beyond the end",
-            "FOR_EACH(i, n) y[i] = value;",
-            "FOR_EACH(i, n + 1) y[i] = value;",
+            "i < n; i += threads) f(p[i]...);",
+            "i < n + 1; i += threads) f(p[i]...);",
         ),
-        (In::Both, "a read beyond the end", "= g[c] * x[c] * s;", "= g[c + 1] * x[c] * s;"),
+        (
+            In::Both,
+            "a tail that is left out",
+            "    for (u64 i = packs * W + thread; i < n; i += threads) f(p[i]...); // the tail\n",
+            "",
+        ),
+        (
+            In::Both,
+            "a tail that begins too late",
+            "u64 i = packs * W + thread; i < n; i += threads) f",
+            "u64 i = packs * W + thread + 1; i < n; i += threads) f",
+        ),
+        (In::Both, "packs where rows have none", "wide(d % W == 0) {", "wide(true) {"),
+        (
+            In::Both,
+            "a row's packs beyond its end",
+            "if (c < d) apply<W>(g, neighbours<KEEPS",
+            "if (c < d + W) apply<W>(g, neighbours<KEEPS",
+        ),
+        (In::Both, "a second pack that is the first", "(k + threads) * W)...);", "k * W)...);"),
+        (
+            In::Both,
+            "a read beyond the end",
+            "y = g * x * s; }, row, g, at.of(y));",
+            "y = g * x * s; }, row, g + 1, at.of(y));",
+        ),
+        (
+            In::Both,
+            "a barrier before the target is written",
+            "    at.wait(); // the target's column is written\n",
+            "",
+        ),
+        (
+            In::Both,
+            "a barrier before parts of a gain are added",
+            "    __syncthreads(); // all parts are whole\n",
+            "",
+        ),
         (
             In::Both,
             "a barrier that some threads do not reach",

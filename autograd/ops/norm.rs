@@ -26,7 +26,8 @@ impl<'t, B: Backend> Var<'t, B> {
         let (y, inv_rms) = B::rms_norm(&x, &g, eps); // [.., d], [N]
         let (ix, ig) = (self.id(), gain.id());
         self.tape().record("rms_norm", &[self, gain], y, move |dy, grads| {
-            let [dx, dg] = B::rms_norm_grad(&x, &g, &inv_rms, &dy); // [.., d], [d]
+            let before = grads.taken(ix); // in models the residual stream's, and a pass over it is saved
+            let [dx, dg] = B::rms_norm_grad(&x, &g, &inv_rms, &dy, before); // [.., d], [d]
             grads.add(ix, dx);
             grads.add(ig, dg);
         })

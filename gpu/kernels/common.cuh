@@ -3,7 +3,9 @@
 // simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
-// - Any number of threads in a block that is a multiple of 32, up to 1024 (attention: exactly its THREADS).
+// - Any number of threads in a block that is a multiple of 32, up to 1024 (attention: exactly its THREADS; rows: up to ROW_THREADS).
+// - Memory is read and written 16 bytes at a time, wherever rows allow: what a tensor's address is does not matter, since all begin at an
+//   allocation, aligned to 256 bytes. So it depends on shapes alone which thread has which elements.
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
 // - Arithmetic in f32 without fast-math, whatever T is: values are widened as they are loaded and rounded as they are stored, once.
 //   What is no tensor's element but a statistic of a row (1/rms, log-sum-exp) is stored in f32. Sums that leave the device as one
@@ -41,12 +43,109 @@ struct Bf16 {
     }
 };
 
+// Two of them in a word, the first in its lower half, as they lie in memory.
+__device__ u32 bf16_pair(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+#else
+    Bf16 low, high;
+    low = first, high = second;
+    return low.bits | (u32)high.bits << 16;
+#endif
+}
+
+// ---- several elements at a time
+
+// W neighbouring elements in the words that they have in memory: one access for every 16 bytes.
+template <class U, u32 W> struct alignas(W * sizeof(U) < 16 ? W * sizeof(U) : 16) Pack {
+    u32 words[W * sizeof(U) / 4];
+
+    __device__ float operator[](u32 j) const {
+        if (sizeof(U) == 4) return __int_as_float(words[j]);
+        return __int_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+    }
+};
+
+template <u32 W, class U> __device__ Pack<U, W> load(const U* x) { return *(const Pack<U, W>*)x; }
+
+template <u32 W, class U> __device__ void store(U* y, const float* values) {
+    Pack<U, W> pack;
+    #pragma unroll
+    for (u32 k = 0; k < W * sizeof(U) / 4; k++) {
+        pack.words[k] = sizeof(U) == 4 ? __float_as_int(values[k]) : bf16_pair(values[2 * k], values[2 * k + 1]);
+    }
+    *(Pack<U, W>*)y = pack;
+}
+
+// What a thread has of a tensor while it computes: W elements that are read (`const U*`), or that are written (`U*`).
+template <class U, u32 W> struct Read {
+    Pack<U, W> pack;
+    __device__ float operator[](u32 j) const { return pack[j]; }
+    __device__ void done() const {}
+};
+template <class U, u32 W> struct Written {
+    U* y;
+    float values[W];
+    __device__ float& operator[](u32 j) { return values[j]; }
+    __device__ void done() const { store<W>(y, values); }
+};
+template <u32 W, class U> __device__ Read<U, W> neighbours(const U* x, u64 i) { return {load<W>(x + i)}; }
+template <u32 W, class U> __device__ Written<U, W> neighbours(U* y, u64 i) { return {y + i, {}}; }
+
+// The packs of a tensor that are on their way at a time where its elements are summed.
+#define AHEAD 4u
+template <class U, u32 W> struct Ahead {
+    const U* x;
+    Pack<U, W> packs[AHEAD];
+
+    __device__ void start(u32 a, u64 i) { packs[a] = load<W>(x + i); }
+};
+
+// f(j, element j of each tensor) for all j < W, then what is written goes to memory.
+template <u32 W, class F, class... E> __device__ void apply(F& f, E... elements) {
+    #pragma unroll
+    for (u32 j = 0; j < W; j++) f(j, elements[j]...);
+    (elements.done(), ...);
+}
+
+__device__ constexpr u32 least(u32 a) { return a; }
+template <class... N> __device__ constexpr u32 least(u32 a, u32 b, N... more) { return least(a < b ? a : b, more...); }
+
+// Which of the threads that share some elements this is, and how many they are: all of the grid's, or those of its blockIdx.x alone.
+struct Share {
+    u64 thread, threads;
+};
+__device__ Share of_all() { return {(u64)blockIdx.x * blockDim.x + threadIdx.x, (u64)gridDim.x * blockDim.x}; }
+__device__ Share of_term() { return {(u64)blockIdx.y * blockDim.x + threadIdx.x, (u64)gridDim.y * blockDim.x}; }
+
 // i over [0, n): each thread takes every so many elements, whatever the grid.
 #define FOR_EACH(i, n) \
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.x * blockDim.x)
 
-// c over the columns of this block's row.
-#define FOR_COLUMNS(c, d) for (u32 c = threadIdx.x; c < (d); c += blockDim.x)
+// f(element i of each tensor) for this share of all i < n. Tensors are `const U*`, whose elements f takes as float, or `U*`, whose elements f
+// sets, taking them as auto&; one that is both read and written comes as both. Two packs of each are on their way at a time.
+template <class F, class... P> __device__ void each(Share share, u64 n, F f, P*... p) {
+    constexpr u32 W = least(16 / sizeof(P)...);
+    const u64 packs = n / W, threads = share.threads, thread = share.thread;
+    auto g = [&](u32, auto&&... elements) { f(elements...); };
+    for (u64 k = thread; k < packs; k += 2 * threads) {
+        auto first = [&](auto... a) {
+            if (k + threads < packs) {
+                auto second = [&](auto... b) { apply<W>(g, a...), apply<W>(g, b...); };
+                second(neighbours<W>(p, (k + threads) * W)...);
+            } else {
+                apply<W>(g, a...);
+            }
+        };
+        first(neighbours<W>(p, k * W)...);
+    }
+    for (u64 i = packs * W + thread; i < n; i += threads) f(p[i]...); // the tail
+}
+template <class F, class... P> __device__ void each(u64 n, F f, P*... p) { each(of_all(), n, f, p...); }
+
+// ---- sums
 
 template <class T> __device__ T warp_sum(T v) {
     for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(ALL_LANES, v, lanes);
@@ -83,19 +182,6 @@ __device__ float block_max(float v) {
 }
 
 // ---- instructions of compute capability 8.0; a kernel that comes to one on an older GPU fails
-
-// Two bf16 in one register, the first in the lower half, as in memory.
-__device__ u32 bf16_pair(float first, float second) {
-    u32 pair;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-    Bf16 x, y;
-    x = first, y = second;
-    pair = x.bits | (u32)y.bits << 16;
-#endif
-    return pair;
-}
 
 __device__ float bf16_first(u32 pair) { return __int_as_float(pair << 16); }
 __device__ float bf16_second(u32 pair) { return __int_as_float(pair & 0xffff0000u); }
@@ -159,3 +245,77 @@ __device__ void multiply_add(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1)
 }
 
 #endif
+
+// ---- rows
+
+// A row of up to SHORT_ROW bytes has a warp, a longer one a block of up to ROW_THREADS threads. So has gpu/backend.rs.
+#define SHORT_ROW 4096u
+#define ROW_THREADS 512
+#define ROW_KERNEL(name) extern "C" __global__ void __launch_bounds__(ROW_THREADS) NAME(name, ELEMENT)
+// Packs that a thread keeps of a row: all of it, up to 64 KiB.
+#define KEPT 8u
+
+// A row that is read once and then stays in registers, as far as it fits.
+template <class U> struct Kept {
+    static const u32 W = 16 / sizeof(U);
+    const U* x;
+    Pack<U, W> packs[KEPT];
+
+    __device__ const U& operator[](u32 c) const { return x[c]; }
+};
+// Pack k of this thread, which is at column c.
+template <bool KEEPS, u32 W, class U> __device__ Read<U, W> neighbours(const Kept<U>& row, u32 k, u32 c) {
+    if (KEEPS) return {row.packs[k]};
+    return {load<W>(row.x + c)};
+}
+template <bool, u32 W, class U> __device__ auto neighbours(U* x, u32, u32 c) { return neighbours<W>(x, c); }
+
+// This thread's part in a row of d columns of U. `wide`: rows are whole packs; its packs are then number lane, lane + threads, …;
+// otherwise its columns are.
+template <class U> struct Row {
+    static const u32 W = 16 / sizeof(U);
+    u64 number;
+    u32 d, lane, threads;
+    bool wide;
+
+    __device__ Row(u32 d) : number(blockIdx.x), d(d), lane(threadIdx.x), threads(blockDim.x), wide(d % W == 0) {
+        if (d <= SHORT_ROW / sizeof(U)) {
+            number = number * (threads / WARP) + lane / WARP;
+            lane %= WARP, threads = WARP;
+        }
+    }
+
+    template <class P> __device__ P* of(P* x) const { return x + number * d; }
+
+    __device__ Kept<U> keep(const U* x) const {
+        Kept<U> kept;
+        kept.x = x;
+        #pragma unroll
+        for (u32 k = 0; k < KEPT; k++) {
+            const u32 c = (k * threads + lane) * W;
+            if (wide && c < d) kept.packs[k] = load<W>(x + c);
+        }
+        return kept;
+    }
+
+    // f(c, element c of each row) for this thread's columns c. Rows as tensors in `each`, or Kept.
+    template <class F, class... P> __device__ void columns(F f, const P&... p) const {
+        if (!wide) {
+            for (u32 c = lane; c < d; c += threads) f(c, p[c]...);
+            return;
+        }
+        #pragma unroll
+        for (u32 k = 0; k < KEPT; k++) pack<true>(f, k, p...);
+        for (u32 k = KEPT; k * threads * W < d; k++) pack<false>(f, k, p...);
+    }
+
+    template <bool KEEPS, class F, class... P> __device__ void pack(F& f, u32 k, const P&... p) const {
+        const u32 c = (k * threads + lane) * W;
+        auto g = [&](u32 j, auto&&... elements) { f(c + j, elements...); };
+        if (c < d) apply<W>(g, neighbours<KEEPS, W>(p, k, c)...);
+    }
+
+    __device__ void wait() const { threads == WARP ? __syncwarp() : __syncthreads(); }
+    __device__ float sum(float v) const { return threads == WARP ? warp_sum(v) : block_sum(v); }
+    __device__ float max(float v) const { return threads == WARP ? warp_max(v) : block_max(v); }
+};

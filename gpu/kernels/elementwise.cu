@@ -1,7 +1,7 @@
-// Kernels that look at one element at a time, gradients below their functions.
+// Kernels that look at one element at a time, or at one row of a table; gradients below their functions.
 
 KERNEL(fill)(T* y, float value, u64 n) {
-    FOR_EACH(i, n) y[i] = value;
+    each(n, [=](auto& y) { y = value; }, y);
 }
 
 // A batch has a grid of terms and parts of the longest.
@@ -11,36 +11,32 @@ template <class X, class Y> struct Term {
     float alpha, beta;
     u64 n;
 };
-#define FOR_TERM(i, n) \
-    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.y * blockDim.x)
 
 // Between bf16 and f32, the kernels of bf16; those of f32 copy.
 KERNEL(widen)(const Term<T, float>* terms) {
     const Term<T, float> t = terms[blockIdx.x];
-    FOR_TERM(i, t.n) t.y[i] = t.x[i];
+    each(of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
 }
 
 KERNEL(narrow)(const Term<float, T>* terms) {
     const Term<float, T> t = terms[blockIdx.x];
-    FOR_TERM(i, t.n) t.y[i] = t.x[i];
+    each(of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
 }
 
 // y ← alpha·x + beta·y; y is not read if beta is 0.
-KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) {
+__device__ void sum_of(Share share, float alpha, const T* x, float beta, T* y, u64 n) {
     if (beta == 0.0f) {
-        FOR_EACH(i, n) y[i] = alpha * x[i];
+        each(share, n, [=](float x, auto& y) { y = alpha * x; }, x, y);
     } else {
-        FOR_EACH(i, n) y[i] = alpha * x[i] + beta * y[i];
+        each(share, n, [=](float x, float before, auto& y) { y = alpha * x + beta * before; }, x, (const T*)y, y);
     }
 }
 
-// The same for each term of a batch.
+KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) { sum_of(of_all(), alpha, x, beta, y, n); }
+
 KERNEL(axpby_each)(const Term<T, T>* terms) {
     const Term<T, T> t = terms[blockIdx.x];
-    FOR_TERM(i, t.n) {
-        const float x = t.alpha * t.x[i];
-        t.y[i] = t.beta == 0.0f ? x : x + t.beta * t.y[i];
-    }
+    sum_of(of_term(), t.alpha, t.x, t.beta, t.y, t.n);
 }
 
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -72,7 +68,7 @@ KERNEL(unary_grad)(u32 f, const T* x, const T* dy, T* dx, u64 n) {
 
 // `f` counts as the Rust enum Binary does: add, sub, mul.
 KERNEL(binary)(u32 f, const T* a, const T* b, T* y, u64 n) {
-    FOR_EACH(i, n) y[i] = f == 0 ? a[i] + b[i] : f == 1 ? a[i] - b[i] : a[i] * b[i];
+    each(n, [=](float a, float b, auto& y) { y = f == 0 ? a + b : f == 1 ? a - b : a * b; }, a, b, y);
 }
 
 // y [n, d] = x [n, d] + b [d]; `n` counts elements.
@@ -92,61 +88,61 @@ KERNEL(copy_cols)(const T* x, u32 dx, u32 x_start, T* y, u32 dy, u32 y_start, u3
 //      da = dy ∘ b ∘ σ(a)·(1 + a·(1 − σ(a))); db = dy ∘ silu(a)
 
 KERNEL(swiglu)(const T* a, const T* b, T* y, u64 n) {
-    FOR_EACH(i, n) y[i] = a[i] * sigmoid(a[i]) * b[i];
+    each(n, [](float a, float b, auto& y) { y = a * sigmoid(a) * b; }, a, b, y);
 }
 
 KERNEL(swiglu_grad)(const T* a, const T* b, const T* dy, T* da, T* db, u64 n) {
-    FOR_EACH(i, n) {
-        const float s = sigmoid(a[i]);
-        da[i] = dy[i] * b[i] * s * (1.0f + a[i] * (1.0f - s));
-        db[i] = dy[i] * a[i] * s;
-    }
+    auto f = [](float a, float b, float dy, auto& da, auto& db) {
+        const float s = sigmoid(a);
+        da = dy * b * s * (1.0f + a * (1.0f - s));
+        db = dy * a * s;
+    };
+    each(n, f, a, b, dy, da, db);
 }
 
 // ---- rope: (a, b) ← (a·cos − b·sin, a·sin + b·cos) for each pair (i, i + h/2) of each head; sign −1 is the inverse, the gradient
 //      x [rows, d], table [positions, h]: cosines, then sines
 
-KERNEL(rope)(const T* x, const float* table, T* y, u64 rows, u32 d, u32 h, u32 len, u32 offset, float sign) {
+ROW_KERNEL(rope)(const T* x, const float* table, T* y, u64 rows, u32 d, u32 h, u32 len, u32 offset, float sign) {
     const u32 half = h / 2, pairs = d / 2;
-    FOR_EACH(i, rows * pairs) {
-        const u64 row = i / pairs;
-        const u32 pair = i % pairs, head = pair / half, c = pair % half;
-        const float* angle = table + (u64)(offset + row % len) * h;
-        const float cosine = angle[c], sine = sign * angle[half + c];
-        const u64 first = row * d + head * h + c;
-        const float a = x[first], b = x[first + half];
-        y[first] = a * cosine - b * sine;
-        y[first + half] = a * sine + b * cosine;
+    const Row<T> at(d);
+    if (at.number >= rows) return;
+    const float* angle = table + (u64)(offset + at.number % len) * h;
+    auto turn = [=](u32, float a, float b, float cosine, float sine, auto& first, auto& second) {
+        first = a * cosine - b * (sign * sine);
+        second = a * (sign * sine) + b * cosine;
+    };
+    x = at.of(x), y = at.of(y);
+    const u32 width = half % at.W == 0 ? at.W : 1; // packs of pairs, or one at a time
+    for (u32 pair = at.lane * width; pair < pairs; pair += at.threads * width) {
+        const u32 c = pair % half, first = pair / half * h + c, second = first + half;
+        if (width == 1) {
+            turn(0, x[first], x[second], angle[c], angle[half + c], y[first], y[second]);
+        } else {
+            apply<at.W>(turn, neighbours<at.W>(x, first), neighbours<at.W>(x, second), neighbours<at.W>(angle, c),
+                        neighbours<at.W>(angle, half + c), neighbours<at.W>(y, first), neighbours<at.W>(y, second));
+        }
     }
 }
 
 // ---- embedding: row i of y is row ids[i] of the table [v, d]
 
-KERNEL(embedding)(const T* table, const u32* ids, T* y, u64 rows, u32 d) {
-    FOR_EACH(i, rows * d) y[i] = table[(u64)ids[i / d] * d + i % d];
-}
-
-// Row id of the table receives the rows of dy where that id stood, added in their order. One block for each id that occurs: the
-// host has sorted the positions by id, and those of occurrence k are order[starts[k]] … order[starts[k + 1] − 1].
-KERNEL(embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
-    const u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
-    T* out = dtable + (u64)ids[order[first]] * d;
-    FOR_COLUMNS(c, d) {
-        float sum = 0.0f;
-        for (u32 k = first; k < end; k++) sum += dy[(u64)order[k] * d + c];
-        out[c] = sum;
-    }
+ROW_KERNEL(embedding)(const T* table, const u32* ids, T* y, u64 rows, u32 d) {
+    const Row<T> at(d);
+    if (at.number >= rows) return;
+    at.columns([](u32, float x, auto& y) { y = x; }, at.keep(table + (u64)ids[at.number] * d), at.of(y));
 }
 
 // ---- adamw (Loshchilov & Hutter 2019, Algorithm 2): keep = 1 − lr·λ, rate = lr/bias1, c = 1 − β
 
 KERNEL(adamw)(T* w, const T* g, T* m, T* v, float keep, float rate, float eps, float beta1, float c1, float beta2, float c2,
               float inv_bias2, u64 n) {
-    FOR_EACH(i, n) {
-        const float mean = beta1 * m[i] + c1 * g[i];
-        const float square = beta2 * v[i] + c2 * g[i] * g[i];
-        m[i] = mean;
-        v[i] = square;
-        w[i] = keep * w[i] - rate * mean / (sqrtf(square * inv_bias2) + eps);
-    }
+    auto f = [=](float g, float w, float m, float v, auto& w_, auto& m_, auto& v_) {
+        const float mean = beta1 * m + c1 * g;
+        const float square = beta2 * v + c2 * g * g;
+        m_ = mean;
+        v_ = square;
+        w_ = keep * w - rate * mean / (sqrtf(square * inv_bias2) + eps);
+    };
+    each(n, f, g, (const T*)w, (const T*)m, (const T*)v, w, m, v);
 }

@@ -1,134 +1,224 @@
-// Kernels with one block for each row, and sums over the rows or over everything.
+// Kernels that look at a whole row, and sums over the rows or over everything.
+//
+// `at` is a thread's part in its row. Kernels launched for n rows may have blocks that begin before row n and end behind it.
 
 // ---- softmax: y = eˣ / Σ eˣ; dx = y ∘ (dy − y·dy)
+
+// eˣ in half the instructions of expf, of which reading a row leaves time for few. The error grows with |x|, as if x had been rounded.
+__device__ float power(float x) { return exp2f(x * 1.44269504f); }
 
 // Σ e^(x − top) over the row, and top, the largest x.
 struct Exponentials {
     float total, top;
 };
-__device__ Exponentials exponentials(const T* x, u32 d) {
-    float top = -INFINITE;
-    FOR_COLUMNS(c, d) top = fmaxf(top, x[c]);
-    top = block_max(top);
-    float total = 0.0f;
-    FOR_COLUMNS(c, d) total += expf(x[c] - top);
-    return {block_sum(total), top};
+__device__ Exponentials exponentials(const Row<T>& at, const Kept<T>& x) {
+    float top = -INFINITE, total = 0.0f;
+    at.columns([&](u32, float x) { top = fmaxf(top, x); }, x);
+    top = at.max(top);
+    at.columns([&](u32, float x) { total += power(x - top); }, x);
+    return {at.sum(total), top};
 }
 
-KERNEL(softmax)(const T* x, T* y, u32 d) {
-    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
-    const Exponentials e = exponentials(x, d);
+ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const Kept<T> row = at.keep(at.of(x));
+    const Exponentials e = exponentials(at, row);
     const float scale = 1.0f / e.total;
-    FOR_COLUMNS(c, d) y[c] = expf(x[c] - e.top) * scale;
+    at.columns([=](u32, float x, auto& y) { y = power(x - e.top) * scale; }, row, at.of(y));
 }
 
-KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u32 d) {
-    y += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+ROW_KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u64 n, u32 d) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const Kept<T> row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
     float mean = 0.0f;
-    FOR_COLUMNS(c, d) mean += y[c] * dy[c];
-    mean = block_sum(mean);
-    FOR_COLUMNS(c, d) dx[c] = y[c] * (dy[c] - mean);
+    at.columns([&](u32, float y, float dy) { mean += y * dy; }, row, drow);
+    mean = at.sum(mean);
+    at.columns([=](u32, float y, float dy, auto& dx) { dx = y * (dy - mean); }, row, drow, at.of(dx));
 }
 
 // ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
 
-KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u32 d, float inv_n) {
-    const u32 target = targets[blockIdx.x];
-    x += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
-    const Exponentials e = exponentials(x, d);
+ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u64 n, u32 d, float inv_n) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const u32 target = targets[at.number];
+    const Kept<T> row = at.keep(at.of(x));
+    const Exponentials e = exponentials(at, row);
     const float scale = inv_n / e.total;
-    FOR_COLUMNS(c, d) dx[c] = expf(x[c] - e.top) * scale - (c == target ? inv_n : 0.0f);
-    if (threadIdx.x == 0) losses[blockIdx.x] = log((double)e.total) - (x[target] - e.top);
+    auto f = [=](float x) { return power(x - e.top) * scale; };
+    at.columns([=](u32, float x, auto& dx) { dx = f(x); }, row, at.of(dx));
+    at.wait(); // the target's column is written
+    if (at.lane == 0) {
+        at.of(dx)[target] = f(row[target]) - inv_n;
+        losses[at.number] = log((double)e.total) - (row[target] - e.top);
+    }
 }
 
 // The mean of n losses. One block.
 KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
     double sum = 0.0;
-    FOR_COLUMNS(i, n) sum += losses[i];
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) sum += losses[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *mean = (float)(sum / n);
 }
 
 // ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
-//      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s: rms_norm_gain below
+//      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s
 
-KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u32 d, float eps) {
-    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d;
+ROW_KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const Kept<T> row = at.keep(at.of(x));
     float squares = 0.0f;
-    FOR_COLUMNS(c, d) squares += x[c] * x[c];
-    const float s = 1.0f / sqrtf(block_sum(squares) / d + eps);
-    if (threadIdx.x == 0) inv_rms[blockIdx.x] = s;
-    FOR_COLUMNS(c, d) y[c] = g[c] * x[c] * s;
+    at.columns([&](u32, float x) { squares += x * x; }, row);
+    const float s = 1.0f / sqrtf(at.sum(squares) / d + eps);
+    if (at.lane == 0) inv_rms[at.number] = s;
+    at.columns([=](u32, float x, float g, auto& y) { y = g * x * s; }, row, g, at.of(y));
 }
 
-KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, u32 d) {
-    const float s = inv_rms[blockIdx.x];
-    x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
-    float along = 0.0f;
-    FOR_COLUMNS(c, d) along += x[c] * (g[c] * dy[c]);
-    const float pull = block_sum(along) / d * s * s * s;
-    FOR_COLUMNS(c, d) dx[c] = g[c] * dy[c] * s - x[c] * pull;
+// A block takes `chunk` rows. dx, or if `adds` what is there and dx; and the block's part of dg, its row of sums [blocks, d]. Each of
+// the rows that it takes side by side has its own part of dg in shared memory, d floats; whose thread a column is adds to it.
+ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
+    Row<T> at(d);
+    DYNAMIC_SHARED(parts);
+    const u32 sides = blockDim.x / at.threads, side = threadIdx.x / at.threads;
+    float* part = parts + side * d;
+    at.columns([](u32, auto& part) { part = 0.0f; }, part);
+    const u64 end = (blockIdx.x + 1ull) * chunk;
+    for (at.number = (u64)blockIdx.x * chunk + side; at.number < end && at.number < n; at.number += sides) {
+        const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const float s = inv_rms[at.number];
+        float along = 0.0f;
+        at.columns([&](u32, float x, float g, float dy) { along += x * (g * dy); }, row, g, drow);
+        const float pull = at.sum(along) / d * s * s * s;
+        auto f = [=](u32, float x, float g, float dy, float before, float sum, auto& dx, auto& part) {
+            dx = before + (g * dy * s - x * pull);
+            part = sum + dy * x * s;
+        };
+        auto from_zero = [=](u32 c, float x, float g, float dy, float sum, auto& dx, auto& part) {
+            f(c, x, g, dy, 0.0f, sum, dx, part);
+        };
+        T* out = at.of(dx);
+        const float* sum = part;
+        if (adds) at.columns(f, row, g, drow, (const T*)out, sum, out, part);
+        else at.columns(from_zero, row, g, drow, sum, out, part);
+    }
+    __syncthreads(); // all parts are whole
+    for (u32 c = threadIdx.x; c < d; c += blockDim.x) {
+        float sum = parts[c];
+        for (u32 k = 1; k < sides; k++) sum += parts[k * d + c];
+        sums[(u64)blockIdx.x * d + c] = sum;
+    }
 }
 
 // ---- layer_norm: z = (x − mean)·s, s = 1/√(var + eps), y = g ∘ z + b; stats are mean and s
 //      dx = s·(g∘dy − mean(g∘dy) − z·mean(z ∘ g∘dy)); dg = Σ_rows dy ∘ z; db = Σ_rows dy: layer_norm_gain, sum_rows below
 
-KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u32 d, float eps) {
-    x += (u64)blockIdx.x * d, y += (u64)blockIdx.x * d, stats += (u64)blockIdx.x * 2;
+ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const Kept<T> row = at.keep(at.of(x));
     float sum = 0.0f, squares = 0.0f;
-    FOR_COLUMNS(c, d) sum += x[c];
-    const float mean = block_sum(sum) / d;
-    FOR_COLUMNS(c, d) squares += (x[c] - mean) * (x[c] - mean);
-    const float s = 1.0f / sqrtf(block_sum(squares) / d + eps);
-    if (threadIdx.x == 0) stats[0] = mean, stats[1] = s;
-    FOR_COLUMNS(c, d) y[c] = g[c] * (x[c] - mean) * s + b[c];
+    at.columns([&](u32, float x) { sum += x; }, row);
+    const float mean = at.sum(sum) / d;
+    at.columns([&](u32, float x) { squares += (x - mean) * (x - mean); }, row);
+    const float s = 1.0f / sqrtf(at.sum(squares) / d + eps);
+    if (at.lane == 0) stats[2 * at.number] = mean, stats[2 * at.number + 1] = s;
+    auto f = [=](u32, float x, float g, float b, auto& y) { y = g * (x - mean) * s + b; };
+    at.columns(f, row, g, b, at.of(y));
 }
 
-KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u32 d) {
-    const float mean = stats[2 * blockIdx.x], s = stats[2 * blockIdx.x + 1];
-    x += (u64)blockIdx.x * d, dy += (u64)blockIdx.x * d, dx += (u64)blockIdx.x * d;
+ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u64 n, u32 d) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+    const float mean = stats[2 * at.number], s = stats[2 * at.number + 1];
     float sum = 0.0f, along = 0.0f;
-    FOR_COLUMNS(c, d) {
-        const float gdy = g[c] * dy[c];
+    auto f = [&](u32, float x, float g, float dy) {
+        const float gdy = g * dy;
         sum += gdy;
-        along += (x[c] - mean) * s * gdy;
-    }
-    const float mean_gdy = block_sum(sum) / d, mean_along = block_sum(along) / d;
-    FOR_COLUMNS(c, d) dx[c] = s * (g[c] * dy[c] - mean_gdy - (x[c] - mean) * s * mean_along);
+        along += (x - mean) * s * gdy;
+    };
+    at.columns(f, row, g, drow);
+    const float mean_gdy = at.sum(sum) / d, mean_along = at.sum(along) / d;
+    auto out = [=](u32, float x, float g, float dy, auto& dx) {
+        dx = s * (g * dy - mean_gdy - (x - mean) * s * mean_along);
+    };
+    at.columns(out, row, g, drow, at.of(dx));
 }
 
 // ---- sums over the rows of a [n, d]: y [chunks, d], row k the sum of rows k·chunk … (k + 1)·chunk − 1 of the input. A second
 //      launch over y, of sum_rows_f32, adds up the chunks.
-// A block is 32 columns wide and blockDim.x / 32 rows high: neighbours read neighbours, and the heights are added at the end.
 
-template <class Term> __device__ void column_sums(Term term, float* y, u64 n, u32 d, u32 chunk) {
-    __shared__ float part[1024];
-    const u32 column = blockIdx.x * WARP + threadIdx.x % WARP, height = blockDim.x / WARP;
-    const u64 end = (blockIdx.y + 1ull) * chunk;
-    float sum = 0.0f;
-    if (column < d) {
-        for (u64 row = (u64)blockIdx.y * chunk + threadIdx.x / WARP; row < n && row < end; row += height) {
-            sum += term(row, row * d + column);
+// Σ of term(row, its elements of the tensors x at one column) over the rows first … end − 1. A block has the columns of 32 packs, those
+// with number `strip`; each of its warps takes every so many rows, and the warps are added in their order. row_of: which row of x a row is.
+template <class Term, class RowOf, class Y, class... X>
+__device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first, u64 end, u32 d, const X*... x) {
+    const u32 W = 16 / sizeof(T);
+    __shared__ float parts[W][1024];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, base = strip * WARP * W;
+    const bool wide = d % W == 0;
+    auto column = [=](u32 j) { return base + (wide ? lane * W + j : j * WARP + lane); };
+    float sums[W] = {};
+    if (wide && column(0) < d) {
+        for (u64 row = first + warp; row < end; row += AHEAD * warps) {
+            auto rows = [&](auto... ahead) {
+                #pragma unroll
+                for (u32 a = 0; a < AHEAD; a++) {
+                    if (row + a * warps >= end) break;
+                    const u64 i = row_of(row + a * warps) * d + column(0);
+                    (ahead.start(a, i), ...);
+                }
+                #pragma unroll
+                for (u32 a = 0; a < AHEAD; a++) {
+                    if (row + a * warps >= end) break;
+                    #pragma unroll
+                    for (u32 j = 0; j < W; j++) sums[j] += term(row + a * warps, ahead.packs[a][j]...);
+                }
+            };
+            rows(Ahead<X, W>{x, {}}...);
+        }
+    } else if (!wide) {
+        for (u64 row = first + warp; row < end; row += warps) {
+            for (u32 j = 0; j < W; j++) {
+                const u64 i = row_of(row) * d + column(j);
+                if (column(j) < d) sums[j] += term(row, x[i]...);
+            }
         }
     }
-    part[threadIdx.x] = sum;
+    for (u32 j = 0; j < W; j++) parts[j][threadIdx.x] = sums[j];
     __syncthreads();
-    if (threadIdx.x < WARP && column < d) {
-        for (u32 h = 1; h < height; h++) sum += part[h * WARP + threadIdx.x];
-        y[(u64)blockIdx.y * d + column] = sum;
+    for (u32 j = warp; j < W; j += warps) {
+        if (column(j) >= d) continue;
+        float sum = parts[j][lane];
+        for (u32 k = 1; k < warps; k++) sum += parts[j][k * WARP + lane];
+        y[column(j)] = sum;
     }
+}
+
+// Those of the chunk that is blockIdx.y.
+template <class Term, class... X> __device__ void chunk_sums(Term term, float* y, u64 n, u32 d, u32 chunk, const X*... x) {
+    const u64 first = (u64)blockIdx.y * chunk, end = first + chunk < n ? first + chunk : n;
+    column_sums(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
 }
 
 KERNEL(sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
-    column_sums([=](u64, u64 i) { return x[i]; }, y, n, d, chunk);
-}
-
-KERNEL(rms_norm_gain)(const T* x, const float* inv_rms, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
-    column_sums([=](u64 row, u64 i) { return dy[i] * x[i] * inv_rms[row]; }, y, n, d, chunk);
+    chunk_sums([](u64, float x) { return x; }, y, n, d, chunk, x);
 }
 
 KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
-    column_sums([=](u64 row, u64 i) { return dy[i] * (x[i] - stats[2 * row]) * stats[2 * row + 1]; }, y, n, d, chunk);
+    auto term = [=](u64 row, float x, float dy) { return dy * (x - stats[2 * row]) * stats[2 * row + 1]; };
+    chunk_sums(term, y, n, d, chunk, x, dy);
+}
+
+// Row id of the table receives the rows of dy where that id stood. One blockIdx.x for each id that occurs: the host has sorted the
+// positions by id, and those of occurrence k are order[starts[k]] … order[starts[k + 1] − 1].
+KERNEL(embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
+    const u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
+    T* y = dtable + (u64)ids[order[first]] * d;
+    column_sums([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
 }
 
 // ---- sums over everything: of each tensor of a batch, one f64 for each of its parts [tensors, parts of the largest], then the sum of
@@ -139,26 +229,42 @@ struct Whole {
     u64 n, parts;
 };
 
-template <class Term> __device__ void part_sum(const Whole& whole, Term term, double* parts) {
+// Σ of term(x) over this block's part of a tensor.
+template <class Term> __device__ void part_sum(Term term, const Whole& whole, double* parts) {
     if (blockIdx.y >= whole.parts) return; // the whole block
+    const u32 W = 16 / sizeof(T);
+    const u64 packs = whole.n / W, threads = whole.parts * blockDim.x, thread = (u64)blockIdx.y * blockDim.x + threadIdx.x;
     double sum = 0.0;
-    for (u64 i = (u64)blockIdx.y * blockDim.x + threadIdx.x; i < whole.n; i += whole.parts * blockDim.x) sum += term(whole.x[i]);
+    for (u64 k = thread; k < packs; k += AHEAD * threads) {
+        Ahead<T, W> ahead = {whole.x, {}};
+        #pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (k + a * threads < packs) ahead.start(a, (k + a * threads) * W);
+        }
+        #pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (k + a * threads >= packs) break;
+            #pragma unroll
+            for (u32 j = 0; j < W; j++) sum += term(ahead.packs[a][j]);
+        }
+    }
+    for (u64 i = packs * W + thread; i < whole.n; i += threads) sum += term(whole.x[i]);
     sum = block_sum(sum);
     if (threadIdx.x == 0) parts[(u64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
 }
 
 KERNEL(sum)(const Whole* all, double* parts) {
-    part_sum(all[blockIdx.x], [](float x) { return (double)x; }, parts);
+    part_sum([](float x) { return (double)x; }, all[blockIdx.x], parts);
 }
 
 KERNEL(sum_squares)(const Whole* all, double* parts) {
-    part_sum(all[blockIdx.x], [](float x) { return (double)x * x; }, parts);
+    part_sum([](float x) { return (double)x * x; }, all[blockIdx.x], parts);
 }
 
 // One block for each tensor; `most` parts of the largest.
 KERNEL(sum_parts)(const Whole* all, const double* parts, double* sums, u32 most) {
     double sum = 0.0;
-    FOR_COLUMNS(i, all[blockIdx.x].parts) sum += parts[(u64)blockIdx.x * most + i];
+    for (u32 i = threadIdx.x; i < all[blockIdx.x].parts; i += blockDim.x) sum += parts[(u64)blockIdx.x * most + i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }

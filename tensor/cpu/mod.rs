@@ -251,8 +251,12 @@ impl<T: Scalar> Backend for Cpu<T> {
         g: &Tensor<Self>,
         inv_rms: &Tensor<Self>,
         dy: &Tensor<Self>,
+        before: Option<Tensor<Self>>,
     ) -> [Tensor<Self>; 2] {
-        rows::rms_norm_grad(x, g, inv_rms, dy)
+        let [dx, dg] = rows::rms_norm_grad(x, g, inv_rms, dy); // [n, d], [d]
+        let Some(mut sum) = before else { return [dx, dg] };
+        sum.axpby(1.0, &dx, 1.0);
+        [sum, dg]
     }
     fn layer_norm(
         x: &Tensor<Self>,
