@@ -14,7 +14,7 @@ use rankgrad::gpu::executor::Type;
 use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 #[cfg(feature = "cuda")]
 use rankgrad::gpu::{KernelTime, Nccl};
-use rankgrad::lowrank::{FactorPair, Optimizer, Params};
+use rankgrad::lowrank::{FactorPair, NewtonSchulz, Optimizer, Params, Space, newton_schulz};
 #[cfg(feature = "cuda")]
 use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
 #[cfg(feature = "cuda")]
@@ -262,7 +262,8 @@ fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>>
     let mut z = y.clone(); // [n, d]
     z.axpby(0.3, &x, -1.5);
     out.push(z);
-    let mut wide = vec![B::widen(&x), B::widen(&x).cast::<B>(device).cast(&device.wide())];
+    let mut wide = B::widen(&[&x]);
+    wide.push(wide[0].cast::<B>(device).cast(&device.wide())); // like x
     let (normed, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [n, d], [n]
     if d <= 24 << 10 {
         out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
@@ -284,6 +285,27 @@ fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>>
     }
     let values = out.iter().map(Tensor::to_f64).chain(wide.iter().map(Tensor::to_f64));
     values.chain([vec![x.norm(), B::sum(&x)]]).collect()
+}
+
+/// Newton–Schulz in bf16: at every step X and the sums of products are rounded, by 2⁻⁹ at most, in directions of no kind, and the
+/// polynomials amplify what is small. And it is in bf16: f32 would be a thousand times nearer.
+#[test]
+fn newton_schulz_in_bf16() {
+    let Some(gpu) = gpu() else { return };
+    let how = |space| NewtonSchulz { space, ..NewtonSchulz::default() };
+    for (seed, shape) in [(1, [70, 20]), (2, [20, 70]), (3, [48, 48])] {
+        let [on_gpu, exact] = [
+            newton_schulz(&[&draw(&gpu, seed, &shape)], how(Space::Bf16))[0].to_f64(), // shape
+            newton_schulz(&[&draw(&Cpu::<f64>::default(), seed, &shape)], how(Space::Plain))[0].to_f64(), // shape
+        ];
+        let error = distance(&on_gpu, &exact);
+        assert!((1e-4..0.03).contains(&error), "{shape:?}: {error}");
+    }
+    // a device without bf16 computes in what it has
+    let x = draw(&Cpu::<f64>::default(), 1, &[70, 20]); // [70, 20]
+    let [narrow, plain] =
+        [Space::Bf16, Space::Plain].map(|space| newton_schulz(&[&x], how(space))[0].to_f64()); // [70, 20]
+    assert!(narrow == plain);
 }
 
 /// Other schedules of the threads, the same bits.
