@@ -35,7 +35,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 37] = [
+pub const NAMES: [&str; 38] = [
     "fill",
     "widen",
     "narrow",
@@ -56,6 +56,7 @@ pub const NAMES: [&str; 37] = [
     "cross_entropy",
     "mean_loss",
     "rms_norm",
+    "add_rms_norm",
     "rms_norm_grad",
     "layer_norm",
     "layer_norm_grad",

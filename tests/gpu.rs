@@ -145,7 +145,7 @@ fn indices_out_of_range_are_refused() {
     let panics = |f: &dyn Fn()| catch_unwind(AssertUnwindSafe(f)).is_err();
     assert!(panics(&|| drop(Cuda::embedding(&table, &[4]))));
     assert!(panics(&|| drop(Cuda::embedding_grad(table.shape(), &[4, 0, 0, 0], &table))));
-    assert!(panics(&|| drop(Cuda::cross_entropy(&table, &[0, 1, 2, 3]))));
+    assert!(panics(&|| drop(Cuda::cross_entropy(&table, &[0, 1, 2, 3], 1.0))));
     let short = Tensor::from_buffer(&gpu, [9, 9], gpu.scratch(3)); // [9, 9] by its own account
     assert!(panics(&|| drop(Cuda::unary(Unary::Exp, &short))));
 }
@@ -246,12 +246,14 @@ fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>>
         out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
     }
     out.extend([normed, B::softmax(&x), B::softmax_grad(&x, &dy)]);
-    wide.push(inv_rms);
+    let (both, inv_rms_of_both) = B::add_rms_norm(&x, &y, &g, 1e-5); // [n, d] × 2, [n]
+    out.extend(both);
+    wide.extend([inv_rms, inv_rms_of_both]);
     if d > 1 {
         // a single column is its own mean, and certain: what should be 0 is rounding
         let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
         out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
-        let (loss, dx) = B::cross_entropy(&x, &ids.map(|id| id % d as u32)); // [1], [n, d]
+        let (loss, dx) = B::cross_entropy(&x, &ids.map(|id| id % d as u32), 0.25); // [1], [n, d]
         out.extend([normed, dx]);
         wide.extend([stats, loss]);
     }
@@ -301,6 +303,9 @@ fn workload<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
     out.push(normed);
     wide.push(inv_rms);
+    let (both, inv_rms) = B::add_rms_norm(&x, &y, &g, 1e-5); // [n, d] × 2, [n]
+    out.extend(both);
+    wide.push(inv_rms);
     let long = draw(device, 10, &[2, 2200]); // [2, 2200]: a block for each row
     let gain = draw(device, 11, &[2200]); // [2200]
     let (normed, inv_rms) = B::rms_norm(&long, &gain, 1e-5); // [2, 2200], [2]
@@ -313,7 +318,7 @@ fn workload<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
     out.push(normed);
     wide.push(stats);
-    let (loss, dx) = B::cross_entropy(&x, &ids); // [1], [n, d]
+    let (loss, dx) = B::cross_entropy(&x, &ids, 1.0); // [1], [n, d]
     out.push(dx);
     wide.push(loss);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);

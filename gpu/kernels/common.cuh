@@ -3,7 +3,7 @@
 // simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
-// - Any number of threads in a block that is a multiple of 32, up to 1024 (attention: exactly its THREADS; rows: up to ROW_THREADS).
+// - Any number of threads in a block that is a multiple of 32, up to 256, or to what KERNEL_FOR says (attention: exactly its THREADS).
 // - Memory is read and written 16 bytes at a time, wherever rows allow: what a tensor's address is does not matter, since all begin at an
 //   allocation, aligned to 256 bytes. So it depends on shapes alone which thread has which elements.
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
@@ -19,6 +19,7 @@ typedef unsigned long long u64;
 #define PASTE(name, element) name##_##element
 #define NAME(name, element) PASTE(name, element)
 #define KERNEL(name) extern "C" __global__ void NAME(name, ELEMENT)
+#define KERNEL_FOR(threads, name) extern "C" __global__ void __launch_bounds__(threads) NAME(name, ELEMENT)
 #define INFINITE __int_as_float(0x7f800000)
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
@@ -178,12 +179,12 @@ __device__ float block_max(float v) {
 // A row of up to SHORT_ROW bytes has a warp, a longer one a block of up to ROW_THREADS threads. So has gpu/backend.rs.
 #define SHORT_ROW 4096u
 #define ROW_THREADS 512
-#define ROW_KERNEL(name) extern "C" __global__ void __launch_bounds__(ROW_THREADS) NAME(name, ELEMENT)
+#define ROW_KERNEL(name) KERNEL_FOR(ROW_THREADS, name)
 // Packs that a thread keeps of a row: all of it, up to 64 KiB.
 #define KEPT 8u
 
 // A row that is read once and then stays in registers, as far as it fits.
-template <class U> struct Kept {
+template <class U> struct KeptRow {
     static const u32 W = 16 / sizeof(U);
     const U* x;
     Pack<U, W> packs[KEPT];
@@ -191,7 +192,7 @@ template <class U> struct Kept {
     __device__ const U& operator[](u32 c) const { return x[c]; }
 };
 // Pack k of this thread, which is at column c.
-template <bool KEEPS, u32 W, class U> __device__ Read<U, W> neighbours(const Kept<U>& row, u32 k, u32 c) {
+template <bool KEEPS, u32 W, class U> __device__ Read<U, W> neighbours(const KeptRow<U>& row, u32 k, u32 c) {
     if (KEEPS) return {row.packs[k]};
     return {load<W>(row.x + c)};
 }
@@ -214,8 +215,8 @@ template <class U> struct Row {
 
     template <class P> __device__ P* of(P* x) const { return x + number * d; }
 
-    __device__ Kept<U> keep(const U* x) const {
-        Kept<U> kept;
+    __device__ KeptRow<U> keep(const U* x) const {
+        KeptRow<U> kept;
         kept.x = x;
         #pragma unroll
         for (u32 k = 0; k < KEPT; k++) {
@@ -225,7 +226,7 @@ template <class U> struct Row {
         return kept;
     }
 
-    // f(c, element c of each row) for this thread's columns c. Rows as tensors in `each`, or Kept.
+    // f(c, element c of each row) for this thread's columns c. Rows as tensors in `each`, or KeptRow.
     template <class F, class... P> __device__ void columns(F f, const P&... p) const {
         if (!wide) {
             for (u32 c = lane; c < d; c += threads) f(c, p[c]...);

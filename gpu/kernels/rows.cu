@@ -11,7 +11,7 @@ __device__ float power(float x) { return exp2f(x * 1.44269504f); }
 struct Exponentials {
     float total, top;
 };
-__device__ Exponentials exponentials(const Row<T>& at, const Kept<T>& x) {
+__device__ Exponentials exponentials(const Row<T>& at, const KeptRow<T>& x) {
     float top = -INFINITE, total = 0.0f;
     at.columns([&](u32, float x) { top = fmaxf(top, x); }, x);
     top = at.max(top);
@@ -22,7 +22,7 @@ __device__ Exponentials exponentials(const Row<T>& at, const Kept<T>& x) {
 ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+    const KeptRow<T> row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
     const float scale = 1.0f / e.total;
     at.columns([=](u32, float x, auto& y) { y = power(x - e.top) * scale; }, row, at.of(y));
@@ -31,35 +31,42 @@ ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
 ROW_KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
+    const KeptRow<T> row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
     float mean = 0.0f;
     at.columns([&](u32, float y, float dy) { mean += y * dy; }, row, drow);
     mean = at.sum(mean);
     at.columns([=](u32, float y, float dy, auto& dx) { dx = y * (dy - mean); }, row, drow, at.of(dx));
 }
 
-// ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
+// ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = weight·(softmax(x) − onehot(target))
 
-ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u64 n, u32 d, float inv_n) {
+ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u64 n, u32 d, float weight) {
     const Row<T> at(d);
     if (at.number >= n) return;
     const u32 target = targets[at.number];
-    const Kept<T> row = at.keep(at.of(x));
+    const KeptRow<T> row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
-    const float scale = inv_n / e.total;
+    const float scale = weight / e.total;
     auto f = [=](float x) { return power(x - e.top) * scale; };
     at.columns([=](u32, float x, auto& dx) { dx = f(x); }, row, at.of(dx));
     at.wait(); // the target's column is written
     if (at.lane == 0) {
-        at.of(dx)[target] = f(row[target]) - inv_n;
+        at.of(dx)[target] = f(row[target]) - weight;
         losses[at.number] = log((double)e.total) - (row[target] - e.top);
     }
 }
 
 // The mean of n losses. One block.
-KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
+KERNEL_FOR(1024, mean_loss)(const double* losses, float* mean, u32 n) {
+    const u32 ahead = 8; // that many are on their way
     double sum = 0.0;
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x) sum += losses[i];
+    for (u32 i = threadIdx.x; i < n; i += ahead * blockDim.x) {
+        double some[ahead];
+        #pragma unroll
+        for (u32 a = 0; a < ahead; a++) some[a] = i + a * blockDim.x < n ? losses[i + a * blockDim.x] : 0.0;
+        #pragma unroll
+        for (u32 a = 0; a < ahead; a++) sum += some[a];
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) *mean = (float)(sum / n);
 }
@@ -67,15 +74,26 @@ KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
 // ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
 //      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s
 
-ROW_KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u64 n, u32 d, float eps) {
-    const Row<T> at(d);
-    if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+__device__ void rms_norm_of(const Row<T>& at, const T* x, const T* g, T* y, float* inv_rms, float eps) {
+    const KeptRow<T> row = at.keep(at.of(x));
     float squares = 0.0f;
     at.columns([&](u32, float x) { squares += x * x; }, row);
-    const float s = 1.0f / sqrtf(at.sum(squares) / d + eps);
+    const float s = 1.0f / sqrtf(at.sum(squares) / at.d + eps);
     if (at.lane == 0) inv_rms[at.number] = s;
     at.columns([=](u32, float x, float g, auto& y) { y = g * x * s; }, row, g, at.of(y));
+}
+
+ROW_KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number < n) rms_norm_of(at, x, g, y, inv_rms, eps);
+}
+
+// sum = x + r, and of that as it is stored y. Who has added a column reads it back, out of the cache.
+ROW_KERNEL(add_rms_norm)(const T* x, const T* r, const T* g, T* sum, T* y, float* inv_rms, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    at.columns([](u32, float x, float r, auto& sum) { sum = x + r; }, at.keep(at.of(x)), at.keep(at.of(r)), at.of(sum));
+    rms_norm_of(at, sum, g, y, inv_rms, eps);
 }
 
 // A block takes `chunk` rows. dx, or if `adds` what is there and dx; and the block's part of dg, its row of sums [blocks, d]. Each of
@@ -88,7 +106,7 @@ ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T*
     at.columns([](u32, auto& part) { part = 0.0f; }, part);
     const u64 end = (blockIdx.x + 1ull) * chunk;
     for (at.number = (u64)blockIdx.x * chunk + side; at.number < end && at.number < n; at.number += sides) {
-        const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const KeptRow<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
         const float s = inv_rms[at.number];
         float along = 0.0f;
         at.columns([&](u32, float x, float g, float dy) { along += x * (g * dy); }, row, g, drow);
@@ -119,7 +137,7 @@ ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T*
 ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u64 n, u32 d, float eps) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+    const KeptRow<T> row = at.keep(at.of(x));
     float sum = 0.0f, squares = 0.0f;
     at.columns([&](u32, float x) { sum += x; }, row);
     const float mean = at.sum(sum) / d;
@@ -133,7 +151,7 @@ ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u
 ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+    const KeptRow<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
     const float mean = stats[2 * at.number], s = stats[2 * at.number + 1];
     float sum = 0.0f, along = 0.0f;
     auto f = [&](u32, float x, float g, float dy) {
@@ -204,7 +222,7 @@ template <class Term, class... X> __device__ void chunk_sums(Term term, float* y
     column_sums(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
 }
 
-KERNEL(sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
+KERNEL_FOR(1024, sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
     chunk_sums([](u64, float x) { return x; }, y, n, d, chunk, x);
 }
 
