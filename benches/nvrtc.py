@@ -24,9 +24,10 @@ def sources() -> tuple[str, list[str]]:
     """The translation unit of gpu/kernels.rs, and the names of its kernels, which are there for each type of elements."""
     text = (GPU / "kernels.rs").read_text()
     files = re.findall(r'include_str!\("(.+?)"\)', text)
-    common, *kernels = (f'#line 1 "{Path(f).name}"\n{(GPU / f).read_text()}' for f in files)
-    for element, t in ELEMENTS.items():
-        common += f"#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {t} T;\n{''.join(kernels)}}}\n"
+    common, *both, f32, bf16 = (f'#line 1 "{Path(f).name}"\n{(GPU / f).read_text()}' for f in files)
+    for (element, t), own in zip(ELEMENTS.items(), (f32, bf16)):
+        kernels = "".join(both) + own
+        common += f"#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {t} T;\n{kernels}}}\n"
     return common, re.findall(r'"(\w+)"', text.split("NAMES")[1])
 
 

@@ -4,7 +4,9 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
-use crate::tensor::{Accum, AdamWStep, Attention, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary};
+use crate::tensor::{
+    Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary,
+};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -28,7 +30,7 @@ impl Cuda<f32> {
 }
 
 impl<T: OnGpu> Cuda<T> {
-    /// The same device, with tensors of another type.
+    /// The same device, with tensors of another type. For attention in bf16 a GPU needs compute capability 8.0.
     pub fn with_elements<U: OnGpu>(&self) -> Cuda<U> {
         Cuda { executor: self.executor.clone(), element: PhantomData }
     }
@@ -83,6 +85,27 @@ impl<T: OnGpu> Cuda<T> {
         unsafe { self.launch(kernel, [blocks(n, threads), 1, 1], threads, args) }
     }
 
+    /// A kernel that looks at the elements of each (alpha, x, beta, y) of a batch, each by itself; alpha and beta may have no meaning.
+    ///
+    /// # Safety
+    /// The kernel's Terms must have y of type `Y`, and x of type `X`.
+    unsafe fn each_term<'a, X: OnGpu, Y: OnGpu>(
+        &self,
+        kernel: &'static str,
+        terms: impl IntoIterator<Item = (f64, &'a Tensor<Cuda<X>>, f64, &'a mut Tensor<Cuda<Y>>)>,
+    ) {
+        let row = |(alpha, x, beta, y): (f64, &Tensor<Cuda<X>>, f64, &mut Tensor<Cuda<Y>>)| {
+            assert!(x.len() == y.len(), "{kernel}: {} and {}", x.shape(), y.shape());
+            let [alpha, beta] = [alpha, beta].map(|x| u64::from((x as f32).to_bits()));
+            [address(y), checked::<X>(x.buffer(), x.len()).address(), alpha | beta << 32, x.len() as u64]
+        };
+        let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
+        let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
+        let grid = [table.len(), blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1];
+        // SAFETY: the caller's promise, and each row has the fields of a Term
+        unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
+    }
+
     /// Elements of 16 bytes, which kernels load and store at once.
     const PACK: usize = 16 / size_of::<T>();
 
@@ -125,7 +148,7 @@ impl<T: OnGpu> Cuda<T> {
             // SAFETY: (x, …)
             sums = unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks.max(1), 1024, args![&sums]) }; // [1, d]
         }
-        self.narrow(&sums.reshape([d])) // [d]
+        sums.reshape([d]).cast(self) // [d]
     }
 
     /// The sum of each `chunk` rows, one chunk if there are no rows → [chunks, d], in f32 for the next sum to go on with.
@@ -148,27 +171,23 @@ impl<T: OnGpu> Cuda<T> {
         y
     }
 
-    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each block.
+    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each part of it.
     fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
         let Some(first) = xs.first() else { return Vec::new() };
         let device = first.device();
-        let grid = |x: &&Tensor<Self>| {
-            let n = x.len().div_ceil(2 * Self::PACK);
-            (threads(n), blocks(n, threads(n)).clamp(1, 512))
+        let parts = |x: &Tensor<Self>| x.len().div_ceil(2 * Self::PACK * THREADS as usize).clamp(1, 512);
+        let each = |&x: &&Tensor<Self>| {
+            [checked::<T>(x.buffer(), x.len()).address(), x.len() as u64, parts(x) as u64]
         };
-        let grids: Vec<(u32, usize)> = xs.iter().map(grid).collect();
-        let parts = device.alloc(grids.iter().map(|(_, blocks)| blocks).sum::<usize>() * size_of::<f64>());
-        let mut own = parts.address();
-        for (&x, &(threads, blocks)) in xs.iter().zip(&grids) {
-            // SAFETY: (x, parts, n); the parts of each tensor lie behind those of the tensors before
-            unsafe {
-                device.launch(kernel, [blocks, 1, 1], threads, args![x, own, x.len() as u64]);
-            }
-            own += (blocks * size_of::<f64>()) as u64;
+        let all = device.stage(&xs.iter().flat_map(each).collect::<Vec<u64>>());
+        let most = xs.iter().map(|x| parts(x)).max().expect("there is one");
+        let [parts, sums] = [xs.len() * most, xs.len()].map(|n| device.alloc(n * size_of::<f64>()));
+        // SAFETY: (all, parts), with a row of parts for each tensor; (all, parts, sums, most)
+        unsafe {
+            device.launch(kernel, [xs.len(), most, 1], THREADS, args![&all, &parts]);
+            device.launch("sum_parts", [xs.len(), 1, 1], THREADS, args![&all, &parts, &sums, int(most)]);
         }
-        let parts = device.fetch::<f64>(&parts);
-        let mut parts = parts.iter();
-        grids.iter().map(|&(_, blocks)| parts.by_ref().take(blocks).sum()).collect()
+        device.fetch(&sums)
     }
 }
 
@@ -185,34 +204,38 @@ pub trait OnGpu: Element + Plain {
     /// The type, as kernels have it.
     const TYPE: Type;
     /// [`Backend::widen`].
-    fn widen(x: &Tensor<Cuda<Self>>) -> Tensor<Cuda<f32>>;
+    fn widen(xs: &[&Tensor<Cuda<Self>>]) -> Vec<Tensor<Cuda<f32>>>;
     /// [`Backend::narrow`].
-    fn narrow(device: &Cuda<Self>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Self>>;
+    fn narrow(device: &Cuda<Self>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<Self>>>;
 }
 
 impl OnGpu for f32 {
     const TYPE: Type = Type::F32;
-    fn widen(x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
-        x.clone()
+    fn widen(xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<f32>>> {
+        xs.iter().copied().cloned().collect()
     }
-    fn narrow(_: &Cuda<f32>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<f32>> {
-        x.clone()
+    fn narrow(_: &Cuda<f32>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<f32>>> {
+        xs.iter().copied().cloned().collect()
     }
 }
 
 impl OnGpu for Bf16 {
     const TYPE: Type = Type::Bf16;
-    fn widen(x: &Tensor<Cuda<Bf16>>) -> Tensor<Cuda<f32>> {
-        let mut y = Tensor::scratch(&x.device().wide(), x.shape()); // like x
-        // SAFETY: (x, y, n)
-        unsafe { x.device().each("widen", x.len(), args![x, &mut y, x.len() as u64]) };
-        y
+    fn widen(xs: &[&Tensor<Cuda<Bf16>>]) -> Vec<Tensor<Cuda<f32>>> {
+        let Some(first) = xs.first() else { return Vec::new() };
+        let scratch = |x: &&Tensor<Cuda<Bf16>>| Tensor::scratch(&x.device().wide(), x.shape()); // like x
+        let mut ys: Vec<_> = xs.iter().map(scratch).collect();
+        let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
+        // SAFETY: its terms are to f32 from bf16
+        unsafe { first.device().each_term("widen", terms) };
+        ys
     }
-    fn narrow(device: &Cuda<Bf16>, x: &Tensor<Cuda<f32>>) -> Tensor<Cuda<Bf16>> {
-        let mut y = Tensor::scratch(device, x.shape()); // like x
-        // SAFETY: (x, y, n)
-        unsafe { device.each("narrow", x.len(), args![x, &mut y, x.len() as u64]) };
-        y
+    fn narrow(device: &Cuda<Bf16>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<Bf16>>> {
+        let mut ys: Vec<_> = xs.iter().map(|x| Tensor::scratch(device, x.shape())).collect(); // like x
+        let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
+        // SAFETY: its terms are to bf16 from f32
+        unsafe { device.each_term("narrow", terms) };
+        ys
     }
 }
 
@@ -221,9 +244,12 @@ fn int(x: usize) -> u32 {
     u32::try_from(x).unwrap_or_else(|_| panic!("GPU: a size of {x} is beyond 32 bits"))
 }
 
-/// Threads of a block for `n` elements.
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+/// Threads of a block for `n` elements: no more than are needed.
 fn threads(n: usize) -> u32 {
-    n.next_multiple_of(32).clamp(32, 256) as u32
+    n.next_multiple_of(32).clamp(32, THREADS as usize) as u32
 }
 
 /// Blocks for `n` elements: one thread each, up to so many as keep the largest device busy.
@@ -325,11 +351,11 @@ impl<T: OnGpu> Backend for Cuda<T> {
     fn wide(&self) -> Cuda<f32> {
         self.with_elements()
     }
-    fn widen(x: &Tensor<Self>) -> Tensor<Cuda<f32>> {
-        T::widen(x)
+    fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Cuda<f32>>> {
+        T::widen(xs)
     }
-    fn narrow(&self, x: &Tensor<Cuda<f32>>) -> Tensor<Self> {
-        T::narrow(self, x)
+    fn narrow(&self, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Self>> {
+        T::narrow(self, xs)
     }
     fn sync(&self) {
         self.executor.sync();
@@ -376,11 +402,16 @@ impl<T: OnGpu> Backend for Cuda<T> {
         Self::gemm(a, b, c, Accum::Replace);
     }
 
-    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
-        same_len("axpby", [x, y]);
-        let n = x.len();
-        // SAFETY: (alpha, x, beta, y, n)
-        unsafe { x.device().each("axpby", n, args![alpha as f32, x, beta as f32, y, n as u64]) };
+    fn axpby(mut terms: Vec<Axpby<Self>>) {
+        if let [(alpha, x, beta, y)] = &mut terms[..] {
+            same_len("axpby", [x, y]);
+            let (n, args) = (x.len(), args![*alpha as f32, *x, *beta as f32, &mut **y, x.len() as u64]);
+            // SAFETY: (alpha, x, beta, y, n)
+            return unsafe { x.device().each("axpby", n, args) };
+        }
+        let Some((_, first, ..)) = terms.first() else { return };
+        // SAFETY: its terms are of one type
+        unsafe { first.device().clone().each_term("axpby_each", terms) };
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
@@ -629,9 +660,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut lse = Tensor::scratch(&q.device().wide(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
         let args = args![q, k, v, &mut o, &mut lse];
         // SAFETY: (q, k, v, o, lse, …)
-        unsafe {
-            z.launch(q.device(), ["attention_1", "attention_2", "attention_4"], Stand::Queries, [3, 1], args)
-        };
+        unsafe { z.launch(q.device(), Pass::Forward, args) };
         (o, lse)
     }
     fn attention_grad(
@@ -652,16 +681,18 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let mut dk = Tensor::scratch(device, k.shape()); // [batch·tk, kv_heads·h]
         let mut dv = Tensor::scratch(device, v.shape()); // [batch·tk, kv_heads·h]
         let args = args![o, dout, &mut delta, rows as u64, int(how.heads), int(z.tq), int(z.h)];
-        // SAFETY: (o, dout, delta, rows, heads, tq, h); a warp for each row
-        unsafe { device.launch("attention_delta", [rows.div_ceil(4), 1, 1], 128, args) };
+        let lanes = match T::TYPE {
+            Type::F32 => 32,
+            Type::Bf16 => z.columns() / 8,
+        };
+        // SAFETY: (o, dout, delta, rows, heads, tq, h); so many lanes for each row
+        unsafe { device.launch("attention_delta", [(rows * lanes).div_ceil(128), 1, 1], 128, args) };
         let args = args![q, k, v, dout, lse, &delta, &mut dq];
-        let names = ["attention_dq_1", "attention_dq_2", "attention_dq_4"];
         // SAFETY: (q, k, v, dout, lse, delta, dq, …)
-        unsafe { z.launch(device, names, Stand::Queries, [4, 1], args) };
+        unsafe { z.launch(device, Pass::Queries, args) };
         let args = args![q, k, v, dout, lse, &delta, &mut dk, &mut dv];
-        let names = ["attention_dkv_1", "attention_dkv_2", "attention_dkv_4"];
         // SAFETY: (q, k, v, dout, lse, delta, dk, dv, …)
-        unsafe { z.launch(device, names, Stand::Keys, [4, 2], args) };
+        unsafe { z.launch(device, Pass::Keys, args) };
         [dq, dk, dv]
     }
 
@@ -709,16 +740,18 @@ struct Layout {
     how: Attention,
 }
 
-/// Which side of the scores a block keeps while the other passes by.
-#[derive(PartialEq)]
-enum Stand {
+/// The three kernels.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    /// dQ: queries stand, as in the forward.
     Queries,
+    /// dK and dV: keys stand.
     Keys,
 }
 
 impl Layout {
-    /// Rows of a tile, and threads of a block.
-    const TILE: usize = 32;
+    /// Threads of a block.
     const THREADS: u32 = 128;
     /// The largest head size: a kernel for up to 32·4.
     const MAX_HEAD: usize = 128;
@@ -743,33 +776,49 @@ impl Layout {
         Self { tq: q.rows() / batch, tk: k.rows() / batch, h, how }
     }
 
-    /// The kernel for this head size, with `args` and then the sizes; shared memory for some tiles of h columns and some of scores.
+    /// Columns that the kernels compute with: there is one for 32, for 64 and for 128.
+    fn columns(&self) -> usize {
+        self.h.next_power_of_two().max(32)
+    }
+
+    /// Rows of a tile that stands, and bytes of shared memory, as the kernels have them (gpu/kernels/attention.cu, attention_bf16.cu).
+    fn tile(&self, element: Type, pass: Pass) -> [usize; 2] {
+        let columns = self.columns();
+        let standing = if pass == Pass::Forward { 1 } else { 2 }; // tensors; two pass
+        match element {
+            Type::F32 => {
+                let scores = if pass == Pass::Keys { 2 } else { 1 };
+                [32, ((standing + 2) * 32 * (columns + 1) + scores * 32 * 32) * size_of::<f32>()]
+            }
+            Type::Bf16 => {
+                let rows = if columns < 128 { 128 } else { 64 };
+                let passing = if columns < 128 || pass == Pass::Forward { 64 } else { 32 };
+                let wide = standing * rows + 2 * 2 * passing; // rows, with two buffers
+                let statistics = if pass == Pass::Keys { 2 * 2 * passing } else { 0 };
+                [rows, wide * (columns + 8) * size_of::<Bf16>() + statistics * size_of::<f32>()]
+            }
+        }
+    }
+
+    /// The kernel for this head size, with `args` and then the sizes.
     ///
     /// # Safety
     /// `args` must be those of the kernel, in number, type and meaning.
-    unsafe fn launch<T: OnGpu>(
-        &self,
-        device: &Cuda<T>,
-        kernels: [&'static str; 3],
-        stand: Stand,
-        [wide, square]: [usize; 2],
-        args: &[Arg],
-    ) {
+    unsafe fn launch<T: OnGpu>(&self, device: &Cuda<T>, pass: Pass, args: &[Arg]) {
         let Attention { batch, heads, kv_heads, causal } = self.how;
-        let (kernel, columns) = match self.h {
-            0..=32 => (kernels[0], 32),
-            33..=64 => (kernels[1], 64),
-            _ => (kernels[2], 128),
+        let kernels = match pass {
+            Pass::Forward => ["attention_1", "attention_2", "attention_4"],
+            Pass::Queries => ["attention_dq_1", "attention_dq_2", "attention_dq_4"],
+            Pass::Keys => ["attention_dkv_1", "attention_dkv_2", "attention_dkv_4"],
         };
-        let floats = wide * Self::TILE * (columns + 1) + square * Self::TILE * Self::TILE;
-        let (len, heads_of_grid) =
-            if stand == Stand::Queries { (self.tq, heads) } else { (self.tk, kv_heads) };
+        let [rows, shared] = self.tile(T::TYPE, pass);
+        let (len, heads_of_grid) = if pass == Pass::Keys { (self.tk, kv_heads) } else { (self.tq, heads) };
         let launch = Launch {
-            kernel,
+            kernel: kernels[self.columns().ilog2() as usize - 5],
             element: T::TYPE,
-            grid: [len.div_ceil(Self::TILE), heads_of_grid, batch].map(int),
+            grid: [len.div_ceil(rows), heads_of_grid, batch].map(int),
             threads: Self::THREADS,
-            shared: int(floats * size_of::<f32>()),
+            shared: int(shared),
         };
         let sizes = [self.tq, self.tk, heads, kv_heads, self.h].map(|x| Arg::from(int(x)));
         let scale = (1.0 / (self.h as f64).sqrt()) as f32;

@@ -88,8 +88,8 @@ pub(super) fn cubin(arch: &str) -> Result<Vec<u8>, String> {
     Ok(image)
 }
 
-/// The person's directory for caches.
-fn cache() -> Option<PathBuf> {
+/// Where this program keeps what took time to find: in the person's directory for caches.
+pub(super) fn cache() -> Option<PathBuf> {
     let of = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     of("XDG_CACHE_HOME").or(of("HOME").map(|home| home.join(".cache"))).map(|caches| caches.join("rankgrad"))
 }

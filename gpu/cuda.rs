@@ -1,22 +1,23 @@
 //! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool, kernels compiled by
-//! NVRTC, products by cuBLAS.
+//! NVRTC, products by cuBLAS (plans.rs).
 //!
 //! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
 //! may be freed as soon as the last launch that uses it has been enqueued.
 
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
+use super::plans::Plans;
 use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
-use cudarc::cublas::{self, CudaBlas, sys as blas_sys};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
+use cudarc::cublas::{CudaBlas, sys as blas_sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// One GPU.
 #[derive(Debug)]
@@ -26,9 +27,32 @@ pub(super) struct Gpu {
     pub stream: Arc<CudaStream>,
     /// Whether memory comes from the driver's pool, in the order of the stream.
     pub pooled: bool,
-    /// A handle must not be used by two threads at a time.
+    /// For batches of products. A handle must not be used by two threads at a time.
     blas: Mutex<CudaBlas>,
+    /// For single products.
+    plans: Mutex<Plans>,
+    /// Theirs.
+    workspace: Address,
     functions: HashMap<(&'static str, Type), CudaFunction>,
+    /// What has run since somebody asked for times.
+    spans: Mutex<Option<Vec<Span>>>,
+}
+
+/// Something that ran on the device: which kernel (of cuBLAS, `gemm` and the sizes), from when to when, and its FLOPs if it is a product.
+#[derive(Debug)]
+struct Span {
+    kernel: String,
+    between: [CudaEvent; 2],
+    flops: f64,
+}
+
+/// How long a kernel took on the device, over all its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KernelTime {
+    pub calls: usize,
+    pub seconds: f64,
+    /// Of products; 0 for other kernels.
+    pub flops: f64,
 }
 
 impl Cuda<f32> {
@@ -57,6 +81,10 @@ impl Cuda<f32> {
         // SAFETY: the handle is open
         let set = unsafe { blas_sys::cublasSetMathMode(*blas.handle(), F32_SUMS) };
         set.result().map_err(|e| failed("cuBLAS", &e))?;
+        // SAFETY: the context was made this thread's own when it was opened, and the stream is alive
+        let workspace = unsafe { allocate(&stream, pooled, Plans::workspace_bytes()) }.map_err(driver)?;
+        let plans =
+            Plans::new(workspace, &device.name, compile::cache()).map_err(|e| failed("cuBLAS", &e))?;
         let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
         let module = context.load_module(Ptx::from_binary(image)).map_err(driver)?;
         let function = |(kernel, element): (&'static str, Type)| {
@@ -65,7 +93,64 @@ impl Cuda<f32> {
         };
         let all = Type::ALL.into_iter().flat_map(|element| kernels::NAMES.map(|kernel| (kernel, element)));
         let functions = all.map(function).collect::<Result<_, _>>().map_err(driver)?;
-        Ok(Self::on(Arc::new(Gpu { ordinal, context, stream, pooled, blas: Mutex::new(blas), functions })))
+        Ok(Self::on(Arc::new(Gpu {
+            ordinal,
+            context,
+            stream,
+            pooled,
+            blas: Mutex::new(blas),
+            plans: Mutex::new(plans),
+            workspace,
+            functions,
+            spans: Mutex::default(),
+        })))
+    }
+
+    fn gpu(&self) -> Option<&Gpu> {
+        Gpu::of(self.executor())
+    }
+
+    /// From now on, and until [`Cuda::kernel_times`], takes the time of each kernel: by events on the device, which take some
+    /// microseconds each themselves.
+    pub fn watch_kernels(&self) {
+        if let Some(gpu) = self.gpu() {
+            *gpu.spans() = Some(Vec::new());
+        }
+    }
+
+    /// The times since [`Cuda::watch_kernels`], by name and type of elements, products by their sizes too. Waits for the device.
+    ///
+    /// # Panics
+    /// If the device has failed.
+    pub fn kernel_times(&self) -> BTreeMap<String, KernelTime> {
+        let mut times = BTreeMap::<String, KernelTime>::new();
+        let Some(gpu) = self.gpu() else { return times };
+        for Span { kernel, between: [from, to], flops } in gpu.spans().take().unwrap_or_default() {
+            let time = times.entry(kernel).or_default();
+            time.calls += 1;
+            time.seconds += 1e-3 * f64::from(gpu.must("times", from.elapsed_ms(&to)));
+            time.flops += flops;
+        }
+        times
+    }
+
+    /// The most bytes that tensors held at one time since the device was opened, by anybody in this process; None where the driver
+    /// has no pool to ask.
+    ///
+    /// # Panics
+    /// If the device has failed.
+    pub fn peak_bytes(&self) -> Option<u64> {
+        use sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH as HIGHEST;
+        let gpu = self.gpu().filter(|gpu| gpu.pooled)?;
+        gpu.enter();
+        let mut bytes = 0u64;
+        // SAFETY: the device is there, and the attribute is an u64
+        let asked = unsafe {
+            result::device::get_default_mem_pool(gpu.context.cu_device())
+                .and_then(|pool| result::mem_pool::get_attribute(pool, HIGHEST, (&raw mut bytes).cast()))
+        };
+        gpu.must("memory in use", asked);
+        Some(bytes)
     }
 }
 
@@ -77,6 +162,25 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
     unsafe {
         let pool = result::device::get_default_mem_pool(context.cu_device())?;
         result::mem_pool::set_attribute(pool, THRESHOLD, (&raw mut bytes).cast())
+    }
+}
+
+/// # Safety
+/// The stream's context must be this thread's own.
+unsafe fn allocate(stream: &CudaStream, pooled: bool, bytes: usize) -> Result<Address, result::DriverError> {
+    // SAFETY: the caller's promise
+    unsafe {
+        match pooled {
+            true => result::malloc_async(stream.cu_stream(), bytes),
+            false => result::malloc_sync(bytes),
+        }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // SAFETY: `plans` is not used any more
+        unsafe { self.free(self.workspace, Plans::workspace_bytes()) }
     }
 }
 
@@ -98,20 +202,31 @@ impl Gpu {
         })
     }
 
+    fn spans(&self) -> MutexGuard<'_, Option<Vec<Span>>> {
+        self.spans.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Enqueues something, between two events if somebody watches.
+    fn span(&self, kernel: impl FnOnce() -> String, flops: f64, enqueue: impl FnOnce()) {
+        let mut spans = self.spans();
+        let Some(spans) = &mut *spans else {
+            drop(spans); // others need not wait for the driver
+            return enqueue();
+        };
+        let now = || self.must("times", self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)));
+        let from = now();
+        enqueue();
+        spans.push(Span { kernel: kernel(), between: [from, now()], flops });
+    }
+
     /// Makes the context this thread's own: the driver's calls refer to it.
     pub fn enter(&self) {
         self.must("entering its context", self.context.bind_to_thread());
     }
 
     fn try_alloc(&self, bytes: usize) -> Result<Address, result::DriverError> {
-        let bytes = bytes.max(1); // the driver has no empty allocations
         // SAFETY: the context is this thread's own, and the stream is alive
-        unsafe {
-            match self.pooled {
-                true => result::malloc_async(self.stream.cu_stream(), bytes),
-                false => result::malloc_sync(bytes),
-            }
-        }
+        unsafe { allocate(&self.stream, self.pooled, bytes.max(1)) } // the driver has no empty allocations
     }
 }
 
@@ -191,10 +306,17 @@ impl Executor for Gpu {
         }
         let (function, stream) = (function.cu_function(), self.stream.cu_stream());
         let mut args = pointers(args);
-        // SAFETY: the caller's promise
-        let started =
-            unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args) };
-        self.must(kernel, started);
+        self.span(
+            || format!("{kernel} {element}"),
+            0.0,
+            || {
+                // SAFETY: the caller's promise
+                let started = unsafe {
+                    result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
+                };
+                self.must(kernel, started);
+            },
+        );
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
@@ -216,11 +338,36 @@ impl Executor for Gpu {
             }
             return;
         }
+        let name = || {
+            let operand = |t: bool, rows, cols| {
+                if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
+            };
+            let batch = if operands.len() > 1 { format!("{} of ", operands.len()) } else { String::new() };
+            format!("gemm {element} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
+        };
+        let flops = 2.0 * m as f64 * k as f64 * n as f64 * operands.len() as f64;
+        if let &[[a, b, c]] = &operands[..] {
+            let shape = (element, [m, k, n], [ta, tb]);
+            let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if !plans.has(&shape) {
+                let bytes = element.bytes() * m * n;
+                let other = self.alloc(bytes); // C may be there to be added to
+                // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
+                let made = unsafe { plans.make(&self.stream, shape, [a, b, other]) };
+                // SAFETY: allocated with as many bytes
+                unsafe { self.free(other, bytes) };
+                self.must(&name(), made);
+            }
+            // SAFETY: the caller's promise
+            let run = || self.must(&name(), unsafe { plans.run(&self.stream, &shape, [a, b, c], add) });
+            return self.span(name, flops, run);
+        }
+        // a batch: arrays of pointers, on the device, first all A, then all B, then all C. The library reads by columns, so what it
+        // sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
         let t = match element {
             Type::F32 => CUDA_R_32F,
             Type::Bf16 => CUDA_R_16BF,
         };
-        // cuBLAS reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
         let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
@@ -229,17 +376,6 @@ impl Executor for Gpu {
         let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
         let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let handle = *blas.handle();
-        if let &[[a, b, c]] = &operands[..] {
-            let (a, b, c) = (a as *const c_void, b as *const c_void, c as *mut c_void);
-            // SAFETY: the caller's promise
-            let done = unsafe {
-                cublas::result::gemm_ex(
-                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, COMPUTE, ALGORITHM,
-                )
-            };
-            return self.must("gemm", done);
-        }
-        // a batch: arrays of pointers, on the device, first all A, then all B, then all C
         let count = operands.len();
         let addresses: Vec<u8> =
             (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
@@ -253,29 +389,14 @@ impl Executor for Gpu {
                 side(1) as *const *const c_void,
                 side(2) as *const *mut c_void,
             );
-            let done = blas_sys::cublasGemmBatchedEx(
-                handle,
-                opb,
-                opa,
-                n,
-                m,
-                k,
-                alpha,
-                b,
-                t,
-                ldb,
-                a,
-                t,
-                lda,
-                beta,
-                c,
-                t,
-                n,
-                int(count),
-                COMPUTE,
-                ALGORITHM,
-            );
-            self.must("a batch of products", done.result());
+            self.span(name, flops, || {
+                let count = int(count);
+                let done = blas_sys::cublasGemmBatchedEx(
+                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, count, COMPUTE,
+                    ALGORITHM,
+                );
+                self.must("a batch of products", done.result());
+            });
             self.free(table, addresses.len());
         }
     }

@@ -6,24 +6,27 @@ use super::executor::Type;
 const COMMON: (&str, &str) = ("common.cuh", include_str!("kernels/common.cuh"));
 
 /// What stands in it once for each type of elements.
-const KERNELS: [(&str, &str); 3] = [
+const BOTH: [(&str, &str); 2] = [
     ("elementwise.cu", include_str!("kernels/elementwise.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
-    ("attention.cu", include_str!("kernels/attention.cu")),
 ];
+
+/// What stands in it for one type alone: kernels of the same names and arguments.
+const F32: (&str, &str) = ("attention.cu", include_str!("kernels/attention.cu"));
+const BF16: (&str, &str) = ("attention_bf16.cu", include_str!("kernels/attention_bf16.cu"));
 
 /// The translation unit: in a namespace for each type of elements, T is the type and ELEMENT its name. `#line` lets a compiler's
 /// messages name the file.
 pub fn source() -> String {
     let file = |(name, text): (&str, &str)| format!("#line 1 \"{name}\"\n{text}");
-    let kernels = KERNELS.map(file).concat();
+    let both = BOTH.map(file).concat();
     let of = |element: Type| {
-        let c = match element {
-            Type::F32 => "float",
-            Type::Bf16 => "Bf16",
+        let (c, own) = match element {
+            Type::F32 => ("float", file(F32)),
+            Type::Bf16 => ("Bf16", file(BF16)),
         };
         format!(
-            "#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{kernels}}}\n"
+            "#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{both}{own}}}\n"
         )
     };
     file(COMMON) + &Type::ALL.map(of).concat()
@@ -35,11 +38,12 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 38] = [
+pub const NAMES: [&str; 40] = [
     "fill",
     "widen",
     "narrow",
     "axpby",
+    "axpby_each",
     "unary",
     "unary_grad",
     "binary",
@@ -64,6 +68,7 @@ pub const NAMES: [&str; 38] = [
     "layer_norm_gain",
     "sum",
     "sum_squares",
+    "sum_parts",
     "attention_1",
     "attention_2",
     "attention_4",

@@ -15,6 +15,8 @@ pub mod kernels;
 #[cfg(feature = "cuda")]
 mod nccl;
 #[cfg(feature = "cuda")]
+mod plans;
+#[cfg(feature = "cuda")]
 mod probe;
 #[cfg(feature = "simulator")]
 mod simulator;
@@ -22,6 +24,8 @@ mod simulator;
 pub use backend::{Buffer, Cuda, Memory, OnGpu};
 #[cfg(feature = "cuda")]
 pub use compile::compile;
+#[cfg(feature = "cuda")]
+pub use cuda::KernelTime;
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 #[cfg(feature = "cuda")]

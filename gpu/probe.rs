@@ -6,7 +6,7 @@
 //! [`preload`] opens them by their full path.
 
 use cudarc::driver::{result, sys};
-use cudarc::{cublas, nvrtc};
+use cudarc::{cublas, cublaslt, nvrtc};
 use libloading::Library;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,13 @@ pub struct Found {
     pub capability: [i32; 2],
     /// Bytes.
     pub memory: usize,
+}
+
+impl Found {
+    /// Whether it can compute in bf16: the kernels of attention use instructions of compute capability 8.0.
+    pub fn has_bf16(&self) -> bool {
+        self.capability >= [8, 0]
+    }
 }
 
 impl fmt::Display for Found {
@@ -134,7 +141,8 @@ pub(super) fn reason(error: result::DriverError) -> String {
 /// Makes sure that cuBLAS can be opened.
 fn products() -> Result<(), Unavailable> {
     // SAFETY: as in `look`
-    opened("cublas", &["cublasLt", "cublas"], || unsafe { cublas::sys::is_culib_present() })
+    let present = || unsafe { cublas::sys::is_culib_present() && cublaslt::sys::is_culib_present() };
+    opened("cublas", &["cublasLt", "cublas"], present)
 }
 
 /// Makes sure that NVRTC can be opened. It needs no driver.

@@ -77,7 +77,8 @@ impl Simulator {
         std::fs::write(&text, all).map_err(|e| format!("{}: {e}", text.display()))?;
         let compiler = std::env::var("CXX").unwrap_or("c++".into());
         let mut command = Command::new(&compiler);
-        command.args(["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]).args(options);
+        let usual = "-std=c++17 -O2 -ffp-contract=off -fno-strict-aliasing -w -shared -fPIC";
+        command.args(usual.split(' ')).args(options);
         command.arg("-o").arg(library).arg(&text).stdin(Stdio::null());
         let output = command.output().map_err(|e| format!("no C++ compiler: {compiler}: {e}"))?;
         if !output.status.success() {

@@ -52,18 +52,19 @@ impl<B: Backend> Certified<B> {
         (if needs_rho_below_1 { rho.min(1.0) } else { rho }, 1.0 - decay)
     }
 
-    /// Moves factor `i` against O by at most `rho` in spectral norm, and carries its bound along: σ(A⁺) ≤ σ(A) + ‖ΔA‖.
+    /// How many times O factor `i` may move by, so that it moves by at most `rho` in spectral norm; carries its bound along:
+    /// σ(A⁺) ≤ σ(A) + ‖ΔA‖.
     ///
     /// The stored result cannot be exact: 4u(‖A‖_F + ρ√r) pays for its rounding, ‖A‖_F ≤ √r·σ(A). A factor whose ρ is less than
-    /// that stays where it is.
-    pub fn move_within(&mut self, i: usize, x: &mut Tensor<B>, o: &Tensor<B>, rho: f64, shrink: f64) {
+    /// that stays where it is: None.
+    pub fn reach(&mut self, i: usize, x: &Tensor<B>, rho: f64, shrink: f64) -> Option<f64> {
         let (u, r, bound) = (B::Elem::UNIT_ROUNDOFF, x.rows().min(x.cols()), self.bounds[i].item());
         let reach = rho - 4.0 * u * (r as f64).sqrt() * (bound + rho);
-        if reach > 0.0 {
-            let how = self.config.orthogonaliser;
-            x.axpby(-reach / (how.norm_bound() * (1.0 + how.rounding(u, r))), o, shrink);
+        (reach > 0.0).then(|| {
             self.set_bound(i, bound * shrink + rho);
-        }
+            let how = self.config.orthogonaliser;
+            reach / (how.norm_bound() * (1.0 + how.rounding(u, r)))
+        })
     }
 
     /// Stores a bound, rounded up.

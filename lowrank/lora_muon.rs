@@ -5,7 +5,7 @@
 use super::momentum::{each_shape, factors, factors_mut, momentum, named};
 use super::optimizer::{Rule, State};
 use super::{FactorPair, Orthogonaliser};
-use crate::tensor::{Backend, Element, Tensor};
+use crate::tensor::{Backend, Element, Mat, Tensor, products};
 use nalgebra::{DMatrix, SymmetricEigen};
 use rayon::prelude::*;
 
@@ -64,15 +64,16 @@ impl<B: Backend> Rule<B, FactorPair<B>> for LoraMuon<B> {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
         // in the order A, B, A, B, …: the partner of factor i is factor i ^ 1
         let roots: Vec<_> = factors(pairs).par_iter().map(|x| inverse_root(x)).collect(); // [r, r]
-        let whitened = directions.iter().enumerate().map(|(i, m)| m.matmul(&roots[i ^ 1])); // [rows, r]
-        let whitened: Vec<_> = whitened.collect();
+        let whitened =
+            products(directions.iter().enumerate().map(|(i, m)| (m.into(), Mat::from(&roots[i ^ 1])))); // [rows, r] each
         let signs =
             each_shape(&whitened.iter().collect::<Vec<_>>(), |batch| self.orthogonaliser.apply(batch));
-        for (i, x) in factors_mut(pairs).into_iter().enumerate() {
+        let steps = products(signs.iter().enumerate().map(|(i, o)| (o.into(), Mat::from(&roots[i ^ 1])))); // [rows, r] each
+        let moves = factors_mut(pairs).into_iter().zip(&steps).enumerate().map(|(i, (x, step))| {
             let eta = eta[i / 2];
-            let step = signs[i].matmul(&roots[i ^ 1]); // [rows, r]
-            x.axpby(-0.5 * eta, &step, (1.0 - eta * self.weight_decay).sqrt());
-        }
+            (-0.5 * eta, step, (1.0 - eta * self.weight_decay).sqrt(), x)
+        });
+        B::axpby(moves.collect());
     }
 
     fn state(&mut self) -> State<'_, B> {

@@ -4,7 +4,7 @@
 
 use super::FactorPair;
 use super::optimizer::State;
-use crate::tensor::{Backend, Tensor, items_per_task};
+use crate::tensor::{Backend, Tensor, items_per_task, scale_all};
 use rayon::prelude::*;
 
 /// M ← βM + (1−β)∇ for each average; returns the directions to go against: M, or with `nesterov` βM + (1−β)∇, the average
@@ -15,18 +15,19 @@ pub(crate) fn momentum<'a, B: Backend>(
     beta: f64,
     nesterov: bool,
 ) -> Vec<Tensor<B>> {
-    let one = |(m, g): (&mut Tensor<B>, &Tensor<B>)| {
-        m.axpby(1.0 - beta, g, beta);
+    let some = |pairs: &mut [(&mut Tensor<B>, &Tensor<B>)]| -> Vec<Tensor<B>> {
+        B::axpby(pairs.iter_mut().map(|(m, g)| (1.0 - beta, *g, beta, &mut **m)).collect());
         if !nesterov {
-            return m.clone(); // like m
+            return pairs.iter().map(|(m, _)| (**m).clone()).collect(); // like each m
         }
-        let mut ahead = g.scale(1.0 - beta); // like m
-        ahead.axpby(beta, m, 1.0);
+        let scaled: Vec<_> = pairs.iter().map(|(_, g)| (1.0 - beta, *g)).collect();
+        let mut ahead = scale_all(&scaled); // like each m
+        B::axpby(ahead.iter_mut().zip(pairs).map(|(ahead, (m, _))| (beta, &**m, 1.0, ahead)).collect());
         ahead
     };
-    let pairs: Vec<_> = averages.into_iter().zip(grads).collect();
+    let mut pairs: Vec<_> = averages.into_iter().zip(grads).collect();
     let bytes = pairs.first().map_or(0, |(m, _)| 4 * m.len() * size_of::<B::Elem>());
-    pairs.into_par_iter().with_min_len(items_per_task::<B>(bytes)).map(one).collect()
+    pairs.par_chunks_mut(items_per_task::<B>(bytes)).flat_map_iter(some).collect()
 }
 
 /// A and B of each pair, in turn.

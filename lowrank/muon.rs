@@ -73,10 +73,11 @@ impl<B: Backend> Muon<B> {
         let directions = momentum(&mut self.momentum, grads, self.beta, self.nesterov);
         let directions: Vec<_> = directions.iter().collect();
         let orthogonal = each_shape(&directions, |batch| self.orthogonaliser.apply(batch));
-        for (i, (x, o)) in matrices.into_iter().zip(&orthogonal).enumerate() {
+        let moves = matrices.into_iter().zip(&orthogonal).enumerate().map(|(i, (x, o))| {
             let (eta, shrink) = rate(i);
-            x.axpby(-eta * self.scale.factor(x.rows(), x.cols()), o, shrink);
-        }
+            (-eta * self.scale.factor(x.rows(), x.cols()), o, shrink, x)
+        });
+        B::axpby(moves.collect());
     }
 
     fn saved(&mut self) -> State<'_, B> {

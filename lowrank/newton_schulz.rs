@@ -117,10 +117,10 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
         for (k, &[a, b, c]) in group.iter().enumerate() {
             let q_k = if k == 0 { &mut ps } else { &mut qs }; // P begins as Q
             symmetric_products(&gs, &gs, q_k); // [r, r]
-            for (q, g) in q_k.iter_mut().zip(&gs) {
-                q.axpby(b, g, c);
-                q.axpby(a, &identity, 1.0); // Q = aI + bG + cG²
-            }
+            let plus_g = q_k.iter_mut().zip(&gs).map(|(q, g)| (b, g, c, q));
+            B::axpby(plus_g.collect());
+            let plus_i = q_k.iter_mut().map(|q| (a, &identity, 1.0, q));
+            B::axpby(plus_i.collect()); // Q = aI + bG + cG²
             if k > 0 {
                 symmetric_products(&ps, &qs, &mut spare); // [r, r]
                 std::mem::swap(&mut ps, &mut spare); // P ← P·Q

@@ -3,7 +3,7 @@
 
 use super::FactorPair;
 use crate::autograd::{Grads, Tape, Var, VarId};
-use crate::tensor::{Backend, Tensor};
+use crate::tensor::{Backend, Tensor, cast_all, scale_all};
 use std::ops::Index;
 
 /// One tensor set per kind of parameter: values, gradients or momenta.
@@ -38,16 +38,13 @@ impl<B: Backend> Values<B> {
 
     /// `self ← self + alpha·other`, for accumulating gradients over micro-batches.
     pub fn add_scaled(&mut self, alpha: f64, other: &Self) {
-        for (x, y) in self.tensors_mut().zip(other.tensors()) {
-            x.axpby(alpha, y, 1.0);
-        }
+        B::axpby(self.tensors_mut().zip(other.tensors()).map(|(x, y)| (alpha, y, 1.0, x)).collect());
     }
 
     /// `self ← alpha·self`.
     pub fn scale(&mut self, alpha: f64) {
-        for x in self.tensors_mut() {
-            *x = x.scale(alpha);
-        }
+        let scaled = scale_all(&self.tensors().map(|x| (alpha, x)).collect::<Vec<_>>()); // like each tensor
+        self.tensors_mut().zip(scaled).for_each(|(x, y)| *x = y);
     }
 
     /// The norm of all elements together.
@@ -205,11 +202,12 @@ impl<'t, B: Backend> Index<Dense> for ParamVars<'t, B> {
 impl<B: Backend> Values<B> {
     /// [`Tensor::cast`] of every tensor.
     pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Values<C> {
-        let cast = |x: &Tensor<B>| x.cast(device); // like x
+        let mut all = cast_all(&self.tensors().collect::<Vec<_>>(), device).into_iter(); // like each tensor
+        let mut next = || all.next().expect("as many as there are tensors");
         Values {
-            pairs: self.pairs.iter().map(|p| FactorPair { a: cast(&p.a), b: cast(&p.b) }).collect(),
-            hidden: self.hidden.iter().map(cast).collect(),
-            dense: self.dense.iter().map(cast).collect(),
+            pairs: self.pairs.iter().map(|_| FactorPair { a: next(), b: next() }).collect(),
+            hidden: self.hidden.iter().map(|_| next()).collect(),
+            dense: self.dense.iter().map(|_| next()).collect(),
         }
     }
 }

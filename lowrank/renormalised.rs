@@ -55,13 +55,14 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Renormalised<B> {
         let norms =
             power_iteration(&directions.iter().collect::<Vec<_>>(), &mut self.u_momentum, self.power_steps);
         let sigma = power_iteration(&factors(pairs), &mut self.u, self.power_steps);
-        for (i, x) in factors_mut(pairs).into_iter().enumerate() {
+        let moves = factors_mut(pairs).into_iter().enumerate().map(|(i, x)| {
             let pair = i / 2;
             let rho = update_radius(eta[pair], sigma[2 * pair], sigma[2 * pair + 1]);
             let norm = norms[i].max(1.0 / (x.rows().min(x.cols()) as f64).sqrt());
             let shrink = 1.0 - eta[pair] * self.weight_decay;
-            x.axpby(-rho / norm, &directions[i], shrink.sqrt());
-        }
+            (-rho / norm, &directions[i], shrink.sqrt(), x)
+        });
+        B::axpby(moves.collect());
     }
 
     fn state(&mut self) -> State<'_, B> {
@@ -97,10 +98,11 @@ impl<B: Backend> MomentumOnly<B> {
 impl<B: Backend> Rule<B, FactorPair<B>> for MomentumOnly<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], _t: u64) {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
-        for (i, (x, m)) in factors_mut(pairs).into_iter().zip(&directions).enumerate() {
+        let moves = factors_mut(pairs).into_iter().zip(&directions).enumerate().map(|(i, (x, m))| {
             let eta = eta[i / 2];
-            x.axpby(-eta, m, (1.0 - eta * self.weight_decay).sqrt());
-        }
+            (-eta, m, (1.0 - eta * self.weight_decay).sqrt(), x)
+        });
+        B::axpby(moves.collect());
     }
 
     fn state(&mut self) -> State<'_, B> {

@@ -2,7 +2,7 @@
 //!
 //! An estimate from below, always; bounds from above, with proof, are in certificate.rs. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
-use crate::tensor::{Backend, Element, Tensor, items_per_task, product_shape};
+use crate::tensor::{Backend, Element, Mat, Tensor, items_per_task, product_shape, products, scale_all};
 use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
@@ -19,10 +19,10 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
     }
     let some = |(ws, us): (&[&Tensor<B>], &mut [Tensor<B>])| -> Vec<f64> {
         let norms = |xs: &[Tensor<B>]| B::norms(&xs.iter().collect::<Vec<_>>());
-        let back = |us: &[Tensor<B>]| ws.iter().zip(us).map(|(w, u)| w.t().matmul(u)).collect::<Vec<_>>(); // [q, 1] each
+        let back = |us: &[Tensor<B>]| products(ws.iter().zip(us).map(|(w, u)| (w.t(), u.into()))); // [q, 1] each
         for _ in 0..steps {
             let vs = units(&back(us)); // [q, 1] each
-            let next: Vec<_> = ws.iter().zip(&vs).map(|(w, (v, _))| w.matmul(v)).collect(); // [p, 1] each
+            let next = products(ws.iter().zip(&vs).map(|(&w, (v, _))| (Mat::from(w), v.into()))); // [p, 1] each
             for (u, (next, norm)) in us.iter_mut().zip(units(&next)) {
                 if norm != 0.0 {
                     *u = next;
@@ -51,12 +51,15 @@ pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
 pub(super) fn units<'a, B: Backend>(xs: impl IntoIterator<Item = &'a Tensor<B>>) -> Vec<(Tensor<B>, f64)> {
     let xs: Vec<&Tensor<B>> = xs.into_iter().collect();
     let norms = B::norms(&xs);
+    let ordinary = |norm: f64| (1e-30..1e30).contains(&norm);
+    let scaled = xs.iter().zip(&norms).filter(|&(_, &norm)| ordinary(norm)).map(|(&x, norm)| (1.0 / norm, x));
+    let mut scaled = scale_all(&scaled.collect::<Vec<_>>()).into_iter(); // like each x
     let one = |(x, norm): (&Tensor<B>, f64)| {
         if norm == 0.0 {
             return (x.clone(), 0.0); // like x
         }
-        if (1e-30..1e30).contains(&norm) {
-            return (x.scale(1.0 / norm), norm); // like x
+        if ordinary(norm) {
+            return (scaled.next().expect("one for each ordinary norm"), norm); // like x
         }
         let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
         (nearer.scale(1.0 / nearer.norm()), norm) // like x

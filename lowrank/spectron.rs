@@ -113,7 +113,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             Some(certified) => certified.upper_bounds(pairs, t, balance),
             None => power_iteration(&factors(pairs), &mut self.u, power_steps),
         };
-        for (i, pair) in pairs.iter_mut().enumerate() {
+        for (i, report) in self.reports.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
             let (rho, shrink) = match &self.certified {
                 Some(certified) => certified.plan(eta[i], moved[i], sigma_a, sigma_b),
@@ -122,16 +122,17 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
                     (self.config.radius.of(eta[i], sigma_a, sigma_b), 1.0 - decay)
                 }
             };
-            self.reports[i] = StepReport { sigma_a, sigma_b, rho, shrink };
+            *report = StepReport { sigma_a, sigma_b, rho, shrink };
+        }
+        let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate().filter_map(|(k, (x, o))| {
+            let StepReport { rho, shrink, .. } = self.reports[k / 2];
             // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
             let shrink = shrink.sqrt();
-            for (k, x) in [(2 * i, &mut pair.a), (2 * i + 1, &mut pair.b)] {
-                match &mut self.certified {
-                    Some(certified) => certified.move_within(k, x, &orthogonal[k], rho, shrink),
-                    None => x.axpby(-rho, &orthogonal[k], shrink),
-                }
-            }
-        }
+            let certified = self.certified.as_mut();
+            let reach = certified.map_or(Some(rho), |certified| certified.reach(k, x, rho, shrink))?;
+            Some((-reach, o, shrink, x))
+        });
+        B::axpby(moves.collect());
     }
 
     fn state(&mut self) -> State<'_, B> {

@@ -28,10 +28,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn filled(&self, len: usize, value: f64) -> Self::Buffer;
     /// This device as `Wide`.
     fn wide(&self) -> Self::Wide;
-    /// The same elements in `Wide`; no copy where that is `Self`.
-    fn widen(x: &Tensor<Self>) -> Tensor<Self::Wide>;
-    /// Rounds to this backend's elements; no copy where they are `Wide`'s.
-    fn narrow(&self, x: &Tensor<Self::Wide>) -> Tensor<Self>;
+    /// The same elements in `Wide`; no copies where that is `Self`.
+    fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Self::Wide>>;
+    /// Rounds to this backend's elements; no copies where they are `Wide`'s.
+    fn narrow(&self, xs: &[&Tensor<Self::Wide>]) -> Vec<Tensor<Self>>;
     /// Waits until everything asked for so far is done. Only measurements of time need it.
     fn sync(&self);
 
@@ -39,8 +39,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum);
     /// `c[i] ← a[i] · b[i]`, where the caller knows each product to be symmetric: one half may be copied from the other.
     fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]);
-    /// `y ← alpha·x + beta·y`; `y` is not read if `beta` = 0.
-    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>);
+    /// `y ← alpha·x + beta·y` for each (alpha, x, beta, y); `y` is not read where `beta` = 0.
+    fn axpby(terms: Vec<Axpby<Self>>);
     /// Σ x.
     fn sum(x: &Tensor<Self>) -> f64;
     /// √Σx² of each tensor, scaled so that it neither overflows nor underflows. A device is waited for once, however many there are.
@@ -147,6 +147,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     );
 }
 
+/// alpha, x, beta and y of `y ← alpha·x + beta·y`.
+pub type Axpby<'a, B> = (f64, &'a Tensor<B>, f64, &'a mut Tensor<B>);
+
 /// How many items of `bytes` each a task should take from a list of independent ones: enough to fill [`Backend::WORKING_SET`].
 pub(crate) fn items_per_task<B: Backend>(bytes: usize) -> usize {
     (B::WORKING_SET / bytes.max(1)).max(1)
@@ -204,6 +207,30 @@ impl<'a, B: Backend> Mat<'a, B> {
         B::gemm(&[self], &[other], &mut [&mut c], Accum::Replace);
         c
     }
+}
+
+/// The product of each two matrices, those of one kind and shape in one batch.
+///
+/// # Panics
+/// If the inner sizes of a product differ.
+#[track_caller]
+pub(crate) fn products<'a, B: Backend>(
+    operands: impl IntoIterator<Item = (Mat<'a, B>, Mat<'a, B>)>,
+) -> Vec<Tensor<B>> {
+    let operands: Vec<_> = operands.into_iter().collect();
+    let kind = |(a, b): &(Mat<B>, Mat<B>)| (a.sizes(), b.sizes(), a.transposed, b.transposed);
+    let mut all: Vec<Option<Tensor<B>>> = operands.iter().map(|_| None).collect();
+    while let Some(first) = all.iter().position(Option::is_none) {
+        let (m, n) = product_shape("products", operands[first].0, operands[first].1);
+        let alike = |&i: &usize| kind(&operands[i]) == kind(&operands[first]);
+        let members: Vec<usize> = (first..operands.len()).filter(alike).collect();
+        let (a, b): (Vec<_>, Vec<_>) = members.iter().map(|&i| operands[i]).unzip();
+        let scratch = |_: &usize| Tensor::scratch(a[0].tensor.device(), [m, n]); // [m, n]
+        let mut c: Vec<_> = members.iter().map(scratch).collect();
+        B::gemm(&a, &b, &mut c.iter_mut().collect::<Vec<_>>(), Accum::Replace);
+        members.into_iter().zip(c).for_each(|(i, c)| all[i] = Some(c));
+    }
+    all.into_iter().flatten().collect()
 }
 
 /// The shape of a · b; panics at the caller's line, with both shapes, if the inner sizes differ.

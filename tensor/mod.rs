@@ -10,8 +10,8 @@ mod cpu;
 mod scalar;
 mod shape;
 
-pub use backend::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Unary};
-pub(crate) use backend::{items_per_task, product_shape};
+pub use backend::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Mat, Unary};
+pub(crate) use backend::{items_per_task, product_shape, products};
 pub use cpu::Cpu;
 pub(crate) use cpu::simd;
 pub use scalar::{Bf16, Element, Scalar};
@@ -139,7 +139,7 @@ impl<B: Backend> Tensor<B> {
 
     /// The same elements on a device with another precision, rounded if it has a smaller one; the same tensor if it has this one.
     pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Tensor<C> {
-        device.narrow(&B::widen(self)) // like self
+        cast_all(&[self], device).remove(0) // like self
     }
 
     /// The same elements under another shape, without a copy.
@@ -190,7 +190,7 @@ impl<B: Backend> Tensor<B> {
     /// `alpha · self`.
     pub fn scale(&self, alpha: f64) -> Self {
         let mut y = Self::scratch(&self.device, self.shape);
-        B::axpby(alpha, self, 0.0, &mut y);
+        B::axpby(vec![(alpha, self, 0.0, &mut y)]);
         y
     }
 
@@ -201,7 +201,7 @@ impl<B: Backend> Tensor<B> {
     #[track_caller]
     pub fn axpby(&mut self, alpha: f64, x: &Self, beta: f64) {
         same_shape("axpby", x, self);
-        B::axpby(alpha, x, beta, self);
+        B::axpby(vec![(alpha, x, beta, self)]);
     }
 
     /// Elementwise sum.
@@ -243,6 +243,22 @@ impl<B: Backend> fmt::Debug for Tensor<B> {
         }
         write!(f, "{more}]")
     }
+}
+
+/// [`Tensor::cast`] of each.
+pub(crate) fn cast_all<B: Backend, C: Backend<Wide = B::Wide>>(
+    xs: &[&Tensor<B>],
+    device: &C,
+) -> Vec<Tensor<C>> {
+    device.narrow(&B::widen(xs).iter().collect::<Vec<_>>()) // like each x
+}
+
+/// alpha · x for each (alpha, x).
+pub(crate) fn scale_all<B: Backend>(terms: &[(f64, &Tensor<B>)]) -> Vec<Tensor<B>> {
+    let scratch = |(_, x): &(f64, &Tensor<B>)| Tensor::scratch(x.device(), x.shape()); // like x
+    let mut ys: Vec<_> = terms.iter().map(scratch).collect();
+    B::axpby(terms.iter().zip(&mut ys).map(|(&(alpha, x), y)| (alpha, x, 0.0, y)).collect());
+    ys
 }
 
 /// Panics with both shapes at the caller's line unless they are equal.

@@ -38,7 +38,7 @@ struct Stream {
     std::atomic<bool> waiting; // for others to make the same calls of NCCL
 };
 static struct Device {
-    size_t used;
+    size_t used, most;
     bool open[2]; // its memory, to the devices
     Stream stream;
 } devices[2];
@@ -47,6 +47,7 @@ static thread_local Device* context;
 static std::mutex busy;
 static const char* const FAILS = getenv("RANKGRAD_FAKE_FAILS");
 static const char* const BYTES = getenv("RANKGRAD_FAKE_BYTES");
+static const int MAJOR = getenv("RANKGRAD_FAKE_MAJOR") ? atoi(getenv("RANKGRAD_FAKE_MAJOR")) : 9; // compute capability
 static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
 
 // Nothing here enqueues behind what waits for others: it could not be carried out at once.
@@ -60,7 +61,7 @@ int cuGetErrorString(int, const char** words) { return *words = "its words", 0; 
 int cuDeviceGetCount(int* count) { return *count = 2, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, 0; }
-int cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 9 : which == 115 ? 1 : 0, 0; } // 9.0, pools
+int cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? MAJOR : which == 115 ? 1 : 0, 0; } // MAJOR.0, pools
 int cuDeviceGetName(char* name, int, int) { return strcpy(name, "Simulated"), 0; }
 int cuDeviceCanAccessPeer(int* can, int device, int peer) { return *can = device != peer, 0; }
 int cuDevicePrimaryCtxRetain(Device** out, int ordinal) { return *out = &devices[ordinal], 0; }
@@ -80,6 +81,21 @@ int cuMemPoolSetAttribute(const Device*, int which, const uint64_t* value) { ret
 int cuMemPoolSetAccess(Device* pool, const int* access, size_t count) { // a device (1) and its number; to read and write (3)
     if (count != 1 || access[0] != 1 || access[2] != 3 || pool == &devices[access[1]]) return 1;
     return pool->open[access[1]] = true, 0;
+}
+int cuMemPoolGetAttribute(const Device* pool, int which, uint64_t* value) {
+    return which != 8 ? 1 : (*value = pool->most, 0);
+}
+// An event is the number of the calls before it, and a call takes a millisecond.
+static std::atomic<int> calls;
+int cuEventCreate(int** event, unsigned flags) { return flags ? 1 : (*event = new int(-1), 0); }
+int cuEventDestroy_v2(int* event) { return delete event, 0; }
+int cuEventRecord(int* event, const Stream* stream) {
+    int code = bad(stream);
+    return code ? code : (*event = calls, 0);
+}
+int cuEventSynchronize(const int* event) { return *event < 0; }
+int cuEventElapsedTime_v2(float* ms, const int* from, const int* to) {
+    return *from < 0 || *to < 0 ? 600 : (*ms = *to - *from, 0);
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return context ? (*free = TOTAL - context->used, *total = TOTAL, 0) : 201;
@@ -101,6 +117,7 @@ int cuMemAllocAsync(uint64_t* address, size_t bytes, const Stream* stream) {
     *address = (uint64_t)start + 256;
     *head(*address) = {bytes, context};
     context->used += bytes;
+    if (context->most < context->used) context->most = context->used;
     return 0;
 }
 int cuMemFreeAsync(uint64_t address, const Stream* stream) {
@@ -144,6 +161,7 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || extra) return 1;
     if (FAILS && !strcmp(FAILS, function->name)) return 700;
     const unsigned grid[3] = {gx, gy, gz};
+    calls++;
     static thread_local unsigned schedule;
     return simulate(function->name, grid, bx, shared, schedule++, args, simulator::ANY_COUNT) ? 700 : 0;
 }
@@ -158,6 +176,7 @@ int cublasGemmEx(const Device* handle, int opa, int opb, int m, int n, int k, co
                  int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int) {
     const bool ta = opa == 1, tb = opb == 1;
     if (bad(&handle->stream)) return 13;
+    calls++;
     if (at != bt || at != ct || compute != 68) return 7; // CUDA_R_32F is 0, CUDA_R_16BF 14, CUBLAS_COMPUTE_32F 68
     if (at == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, lda, (const float*)b, ldb, beta, (float*)c, ldc);
     if (at == 14) return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, lda, (const Bf16*)b, ldb, beta, (Bf16*)c, ldc);
@@ -170,6 +189,61 @@ int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, in
     for (int i = 0; i < count; i++)
         code |= cublasGemmEx(handle, opa, opb, m, n, k, alpha, a[i], at, lda, b[i], bt, ldb, beta, c[i], ct, ldc, compute, algorithm);
     return code;
+}
+
+// ---- libcublasLt: two algorithms, of which the second is faster, and the first is the one that the library would take
+
+struct Product {
+    int types[2], transposed[2];
+};
+struct Layout {
+    int type;
+    uint64_t rows, cols;
+    int64_t ld;
+};
+struct Proposal {
+    uint64_t algorithm[8];
+    size_t workspace;
+    int state;
+    float waves;
+    int reserved[4];
+};
+size_t cublasLtGetVersion() { return 1; }
+int cublasLtCreate(const void** handle) { return *handle = "", 0; }
+int cublasLtDestroy(const void*) { return 0; }
+int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
+    return compute != 68 || scale != 0 ? 7 : (*product = new Product{}, 0);
+}
+int cublasLtMatmulDescSetAttribute(Product* product, int which, const int* value, size_t bytes) {
+    return bytes != 4 || which < 3 || which > 4 ? 7 : (product->transposed[which - 3] = *value, 0);
+}
+int cublasLtMatmulDescDestroy(Product* product) { return delete product, 0; }
+int cublasLtMatrixLayoutCreate(Layout** layout, int type, uint64_t rows, uint64_t cols, int64_t ld) {
+    return *layout = new Layout{type, rows, cols, ld}, 0;
+}
+int cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, 0; }
+int cublasLtMatmulPreferenceCreate(uint64_t** preference) { return *preference = new uint64_t[2]{}, 0; }
+int cublasLtMatmulPreferenceSetAttribute(uint64_t* preference, int which, const void* value, size_t bytes) {
+    return memcpy(&preference[which == 1], value, bytes), which != (bytes == 8 ? 1 : 3); // workspace, reductions
+}
+int cublasLtMatmulPreferenceDestroy(uint64_t* preference) { return delete[] preference, 0; }
+int cublasLtMatmulAlgoGetHeuristic(const void*, const Product*, const Layout*, const Layout*, const Layout*, const Layout*,
+                                   const uint64_t* preference, int most, Proposal* found, int* count) {
+    if (preference[0] != 2 || preference[1] != 32 << 20 || most < 3) return 7; // sums in f32
+    found[0] = {{2}, 0, 0}, found[1] = {{1}, 0, 0}, found[2] = {{3}, 0, 15}; // the third is not to be had
+    return *count = 3, 0;
+}
+int cublasLtMatmul(const void*, const Product* product, const float* alpha, const void* a, const Layout* la, const void* b, const Layout* lb,
+                   const float* beta, const void* c, const Layout* lc, void* d, const Layout* ld, const uint64_t* algorithm,
+                   const void* workspace, size_t bytes, const Stream* stream) {
+    if (int code = bad(stream)) return code;
+    const bool ta = product->transposed[0] == 1, tb = product->transposed[1] == 1;
+    const uint64_t m = lc->rows, n = lc->cols, k = ta ? la->rows : la->cols;
+    if (c != d || lc != ld || !workspace || bytes != 32 << 20 || algorithm[0] > 2 || la->type != lb->type || la->type != lc->type) return 7;
+    if ((ta ? la->cols : la->rows) != m || (tb ? lb->cols : lb->rows) != k || (tb ? lb->rows : lb->cols) != n) return 7;
+    calls += algorithm[0];
+    if (la->type == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, la->ld, (const float*)b, lb->ld, beta, (float*)d, lc->ld);
+    return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, la->ld, (const Bf16*)b, lb->ld, beta, (Bf16*)d, lc->ld);
 }
 
 // ---- libnvrtc

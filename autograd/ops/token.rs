@@ -48,7 +48,7 @@ impl<'t, B: Backend> Var<'t, B> {
         );
         in_vocabulary("cross_entropy", "target", targets, logits.shape(), logits.cols());
         let (loss, dlogits) = B::cross_entropy(&logits, targets, share); // [1], [.., v]
-        let (ix, rounded) = (self.id(), self.tape().device().narrow(&loss.scale(share))); // [1]
+        let (ix, rounded) = (self.id(), loss.scale(share).cast(self.tape().device())); // [1]
         let y = self.tape().record("cross_entropy", &[self], rounded, move |dy, grads| {
             // the loss is nearly always the end of the tape, where dy = 1 and a pass over the logits is saved
             let dy = dy.item();

@@ -44,18 +44,21 @@ struct Bf16 {
     }
 };
 
-// Two of them in a word, the first in its lower half, as they lie in memory.
+// Two bf16 in one register, the first in the lower half, as in memory.
 __device__ u32 bf16_pair(float first, float second) {
+    u32 pair;
 #if __CUDA_ARCH__ >= 800
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
 #else
-    Bf16 low, high;
-    low = first, high = second;
-    return low.bits | (u32)high.bits << 16;
+    Bf16 x, y;
+    x = first, y = second;
+    pair = x.bits | (u32)y.bits << 16;
 #endif
+    return pair;
 }
+
+__device__ float bf16_first(u32 pair) { return __int_as_float(pair << 16); }
+__device__ float bf16_second(u32 pair) { return __int_as_float(pair & 0xffff0000u); }
 
 // ---- several elements at a time
 
@@ -65,7 +68,7 @@ template <class U, u32 W> struct alignas(W * sizeof(U) < 16 ? W * sizeof(U) : 16
 
     __device__ float operator[](u32 j) const {
         if (sizeof(U) == 4) return __int_as_float(words[j]);
-        return __int_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+        return j % 2 ? bf16_second(words[j / 2]) : bf16_first(words[j / 2]);
     }
 };
 
@@ -118,25 +121,34 @@ template <class... N> __device__ constexpr u32 least(u32 a, u32 b, N... more) { 
 #define FOR_EACH(i, n) \
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.x * blockDim.x)
 
+// One of the threads that share some work.
+struct Thread {
+    u64 number, count;
+};
+__device__ Thread thread_of_grid() {
+    return {(u64)blockIdx.x * blockDim.x + threadIdx.x, (u64)gridDim.x * blockDim.x};
+}
+
 // f(element i of each tensor) for all i < n. Tensors are `const U*`, whose elements f takes as float, or `U*`, whose elements f
 // sets, taking them as auto&; one that is both read and written comes as both. Two packs of each are on their way at a time.
-template <class F, class... P> __device__ void each(u64 n, F f, P*... p) {
+template <class F, class... P> __device__ void each(Thread thread, u64 n, F f, P*... p) {
     constexpr u32 W = least(16 / sizeof(P)...);
-    const u64 packs = n / W, threads = (u64)gridDim.x * blockDim.x, thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 packs = n / W;
     auto g = [&](u32, auto&&... elements) { f(elements...); };
-    for (u64 k = thread; k < packs; k += 2 * threads) {
+    for (u64 k = thread.number; k < packs; k += 2 * thread.count) {
         auto first = [&](auto... a) {
-            if (k + threads < packs) {
+            if (k + thread.count < packs) {
                 auto second = [&](auto... b) { apply<W>(g, a...), apply<W>(g, b...); };
-                second(neighbours<W>(p, (k + threads) * W)...);
+                second(neighbours<W>(p, (k + thread.count) * W)...);
             } else {
                 apply<W>(g, a...);
             }
         };
         first(neighbours<W>(p, k * W)...);
     }
-    for (u64 i = packs * W + thread; i < n; i += threads) f(p[i]...); // the tail
+    for (u64 i = packs * W + thread.number; i < n; i += thread.count) f(p[i]...); // the tail
 }
+template <class F, class... P> __device__ void each(u64 n, F f, P*... p) { each(thread_of_grid(), n, f, p...); }
 
 // ---- sums
 
@@ -247,3 +259,65 @@ template <class U> struct Row {
     __device__ float sum(float v) const { return threads == WARP ? warp_sum(v) : block_sum(v); }
     __device__ float max(float v) const { return threads == WARP ? warp_max(v) : block_max(v); }
 };
+
+// ---- instructions of compute capability 8.0; a kernel that comes to one on an older GPU fails
+
+#ifndef SIMULATOR // which has its own
+
+#if __CUDA_ARCH__ >= 800
+#define PTX(...) asm volatile(__VA_ARGS__)
+#else
+#define PTX(...) __trap()
+#endif
+
+// 2ˣ to two units in the last place, 0 below 2⁻¹²⁶.
+__device__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Copies N bytes (4, or 16 between addresses that are multiples of 16) to shared memory, or zeros if `there` is false. Done after
+// this thread has waited; for the block's other threads, after a barrier behind that.
+template <u32 N> __device__ void copy_async(void* to, const void* from, bool there) {
+    const u32 address = __cvta_generic_to_shared(to), bytes = there ? N : 0;
+    if (N == 16) { // past the first-level cache
+        PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    } else {
+        PTX("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(N), "r"(bytes) : "memory");
+    }
+}
+
+__device__ void wait_for_copies() { PTX("cp.async.wait_all;" ::: "memory"); }
+
+// Four 8×8 matrices of bf16 in shared memory. Lane 8·i + j names row j of matrix i, 16 bytes; lane 4·g + t gets of each matrix columns 2t
+// and 2t + 1 of row g; transposed, rows 2t and 2t + 1 of column g.
+__device__ void read_blocks(u32 (&x)[4], const void* row) {
+    const u32 address = __cvta_generic_to_shared(row);
+    PTX("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+        : "r"(address)
+        : "memory");
+}
+__device__ void read_blocks_transposed(u32 (&x)[4], const void* row) {
+    const u32 address = __cvta_generic_to_shared(row);
+    PTX("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+        : "r"(address)
+        : "memory");
+}
+
+// sum += A·B on the tensor cores, bf16 with f32 sums, A [16, 16], B [16, 8]. Lane 4·g + t has, of A, columns 2t and 2t + 1 of row g,
+// of row g + 8, then the same eight columns further; of B, rows 2t and 2t + 1 of column g, then eight rows further; of the sum,
+// columns 2t and 2t + 1 of row g, then of row g + 8.
+__device__ void multiply_add(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
+}
+
+#endif

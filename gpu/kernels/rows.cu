@@ -239,15 +239,21 @@ KERNEL(embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32*
     column_sums([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
 }
 
-// ---- sums over everything, one f64 for each block; the host adds these. f64 squares of f32 are always in range.
+// ---- sums over everything: of each tensor of a batch, one f64 for each of its parts [tensors, parts of the largest], then the sum of
+//      those. f64 squares of f32 are always in range. How a tensor is cut depends on its length alone. Grid: tensors, parts.
 
-// Σ of term(x) over this thread's elements.
-template <class Term> __device__ double sums(Term term, const T* x, u64 n) {
+struct Whole {
+    const T* x;
+    u64 n, parts;
+};
+
+template <class Term> __device__ void part_sum(const Whole& whole, Term term, double* parts) {
+    if (blockIdx.y >= whole.parts) return; // the whole block
     const u32 W = 16 / sizeof(T);
-    const u64 packs = n / W, threads = (u64)gridDim.x * blockDim.x, thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 packs = whole.n / W, threads = whole.parts * blockDim.x, thread = (u64)blockIdx.y * blockDim.x + threadIdx.x;
     double sum = 0.0;
     for (u64 k = thread; k < packs; k += AHEAD * threads) {
-        Ahead<T, W> ahead = {x, {}};
+        Ahead<T, W> ahead = {whole.x, {}};
         #pragma unroll
         for (u32 a = 0; a < AHEAD; a++) {
             if (k + a * threads < packs) ahead.start(a, (k + a * threads) * W);
@@ -259,16 +265,23 @@ template <class Term> __device__ double sums(Term term, const T* x, u64 n) {
             for (u32 j = 0; j < W; j++) sum += term(ahead.packs[a][j]);
         }
     }
-    for (u64 i = packs * W + thread; i < n; i += threads) sum += term(x[i]);
-    return sum;
+    for (u64 i = packs * W + thread; i < whole.n; i += threads) sum += term(whole.x[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[(u64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
 }
 
-KERNEL(sum)(const T* x, double* parts, u64 n) {
-    const double sum = block_sum(sums([](float x) { return (double)x; }, x, n));
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+KERNEL(sum)(const Whole* all, double* parts) {
+    part_sum(all[blockIdx.x], [](float x) { return (double)x; }, parts);
 }
 
-KERNEL(sum_squares)(const T* x, double* parts, u64 n) {
-    const double sum = block_sum(sums([](float x) { return (double)x * x; }, x, n));
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+KERNEL(sum_squares)(const Whole* all, double* parts) {
+    part_sum(all[blockIdx.x], [](float x) { return (double)x * x; }, parts);
+}
+
+// One block for each tensor; `most` parts of the largest.
+KERNEL(sum_parts)(const Whole* all, const double* parts, double* sums, u32 most) {
+    double sum = 0.0;
+    for (u64 i = threadIdx.x; i < all[blockIdx.x].parts; i += blockDim.x) sum += parts[(u64)blockIdx.x * most + i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }

@@ -4,7 +4,8 @@
 // Each CUDA thread is a fiber: a stack of its own that is switched to and from. Blocks run one after the other. Barriers, shuffles
 // and __syncwarp are places where a fiber waits for the others; between two of them the order of the threads is the launch's
 // `schedule`: 0 forwards, 1 backwards, others shuffled anew in every round, with whole warps held back at random. So a missing
-// barrier changes results. Dynamic shared memory starts as NaN.
+// barrier changes results. Dynamic shared memory starts as NaN, in f32 and in bf16. Asynchronous copies land at once under an odd
+// schedule, and under an even one when they are waited for.
 // Not covered: the memory model between blocks, float functions that round differently, cuBLAS, speed.
 #include <cmath>
 #include <cstdint>
@@ -20,7 +21,11 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
-#define DYNAMIC_SHARED(name) float* name = simulator::dynamic_shared.data()
+#define DYNAMIC_SHARED(name) float* name = (float*)simulator::dynamic_shared.data()
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
 namespace simulator {
 
@@ -63,17 +68,38 @@ const size_t STACK = 64 << 10;
 const unsigned LANES = 32;
 const size_t ANY_COUNT = SIZE_MAX; // arguments from somebody who does not know how many there are
 
+// An asynchronous copy; of zeros if `from` is null.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+
+    void land() const { from ? memcpy(to, from, bytes) : memset(to, 0, bytes); }
+};
+
 struct Fiber {
     enum State { READY, AT_WARP, AT_BLOCK, DONE } state;
     unsigned id;
     Context context;
     std::unique_ptr<char[]> stack;
     unsigned char published[8]; // what a shuffle gives to the other lanes
+    bool second; // which of the warp's two Operands is the next
+    std::vector<Copy> copies; // that have not landed
+};
+
+// What the lanes of a warp bring to an instruction that all of them carry out together. There are two in turn: the first lane to go
+// on may come to the next instruction before the last has taken its result from this one.
+struct Operands {
+    float a[16][16], b[8][16];     // B transposed
+    unsigned short rows[LANES][8]; // of four matrices
 };
 
 // All that one processor thread simulates: tests launch kernels from several.
 thread_local std::vector<Fiber> fibers;
-thread_local std::vector<float> dynamic_shared;
+thread_local std::vector<Operands> operands; // two for each warp
+thread_local std::vector<uint4> dynamic_shared;
+thread_local bool copies_land_late;
+thread_local const char* mistake; // of a thread, which ends the launch
 thread_local Fiber* current;
 thread_local Context scheduler;
 thread_local void (*body)(void*);
@@ -83,6 +109,12 @@ thread_local Index block_index, block_size, grid_size;
 inline void wait(Fiber::State state) {
     current->state = state;
     switch_to(current->context, scheduler);
+}
+
+[[noreturn]] inline void fail(const char* what) {
+    mistake = what;
+    wait(Fiber::DONE);
+    abort(); // nobody resumes it
 }
 
 inline void start() {
@@ -98,6 +130,26 @@ template <class T> T shuffle(T value, unsigned lane) {
     memcpy(&value, fibers[current->id / LANES * LANES + lane].published, sizeof value);
     wait(Fiber::AT_WARP); // all have read
     return value;
+}
+
+inline Operands& next_operands() {
+    current->second = !current->second;
+    return operands[current->id / LANES * 2 + current->second];
+}
+
+// Row 8·i + j of what the lanes name is row j of matrix i. It is read when its lane comes: what has not landed by then is missing.
+inline void read_blocks(unsigned (&x)[4], const void* row, bool transposed) {
+    if ((uintptr_t)row % 16) fail("a row of a matrix begins at no multiple of 16 bytes");
+    Operands& all = next_operands();
+    const unsigned lane = current->id % LANES, g = lane / 4, t = lane % 4;
+    memcpy(all.rows[lane], row, sizeof all.rows[lane]);
+    wait(Fiber::AT_WARP);
+    for (unsigned i = 0; i < 4; i++) {
+        const auto* matrix = all.rows + i * 8;
+        const unsigned short first = transposed ? matrix[t * 2][g] : matrix[g][t * 2];
+        const unsigned short second = transposed ? matrix[t * 2 + 1][g] : matrix[g][t * 2 + 1];
+        x[i] = first | (unsigned)second << 16;
+    }
 }
 
 struct Random {
@@ -116,7 +168,8 @@ inline const char* run_block(unsigned schedule) {
         order[i] = schedule == 1 ? n - 1 - i : i;
         Fiber& fiber = fibers[i];
         if (!fiber.stack) fiber.stack.reset(new char[STACK]);
-        fiber.id = i, fiber.state = Fiber::READY;
+        fiber.id = i, fiber.state = Fiber::READY, fiber.second = false;
+        fiber.copies.clear();
         begin_at(fiber.context, start, fiber.stack.get(), STACK);
     }
     Random random = {schedule * 0x9E3779B97F4A7C15ull + 1};
@@ -134,6 +187,7 @@ inline const char* run_block(unsigned schedule) {
                 current = &fibers[i];
                 switch_to(scheduler, current->context);
                 ran = true;
+                if (mistake) return mistake;
             }
         }
         unsigned at_block = 0, done = 0;
@@ -168,11 +222,13 @@ const char* launch(void (*kernel)(A...), const unsigned* grid, unsigned threads,
     body_data = &run;
     grid_size = {grid[0], grid[1], grid[2]}, block_size = {threads, 1, 1};
     if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
+    operands.resize(threads / LANES * 2);
+    copies_land_late = schedule % 2 == 0, mistake = nullptr;
     const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
     for (uint64_t k = 0; k < blocks; k++) {
         const uint64_t block = schedule == 1 ? blocks - 1 - k : k;
         block_index = {unsigned(block % grid[0]), unsigned(block / grid[0] % grid[1]), unsigned(block / grid[0] / grid[1])};
-        dynamic_shared.assign(shared / sizeof(float), NAN);
+        dynamic_shared.assign((shared + 15) / 16, {~0u, ~0u, ~0u, ~0u});
         if (const char* error = run_block(schedule)) return error;
     }
     return nullptr;
@@ -198,6 +254,35 @@ inline int __float_as_int(float value) {
     int bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+
+inline float exp2_approx(float x) { return exp2f(x); }
+
+// The instructions for bf16 and tensor cores, as gpu/kernels/common.cuh describes them.
+template <unsigned N> void copy_async(void* to, const void* from, bool there) {
+    if ((uintptr_t)to % N || (uintptr_t)from % N) simulator::fail("a copy between addresses that are no multiples of its size");
+    const simulator::Copy copy = {to, there ? from : nullptr, N};
+    simulator::copies_land_late ? simulator::current->copies.push_back(copy) : copy.land();
+}
+
+inline void wait_for_copies() {
+    for (const simulator::Copy& copy : simulator::current->copies) copy.land();
+    simulator::current->copies.clear();
+}
+
+inline void read_blocks(unsigned (&x)[4], const void* row) { simulator::read_blocks(x, row, false); }
+inline void read_blocks_transposed(unsigned (&x)[4], const void* row) { simulator::read_blocks(x, row, true); }
+
+inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    simulator::Operands& all = simulator::next_operands();
+    const unsigned lane = simulator::current->id % simulator::LANES, g = lane / 4, t = lane % 4;
+    const auto put = [](float* at, unsigned pair) { at[0] = __int_as_float(pair << 16), at[1] = __int_as_float(pair & 0xffff0000u); };
+    for (unsigned i = 0; i < 4; i++) put(&all.a[g + i % 2 * 8][t * 2 + i / 2 * 8], a[i]);
+    put(&all.b[g][t * 2], b0), put(&all.b[g][t * 2 + 8], b1);
+    simulator::wait(simulator::Fiber::AT_WARP);
+    for (unsigned k = 0; k < 16; k++) {
+        for (unsigned i = 0; i < 4; i++) sum[i] += all.a[g + i / 2 * 8][k] * all.b[t * 2 + i % 2][k];
+    }
 }
 
 // Behind the kernels comes the table: SIMULATE(element, kernel) for each.

@@ -1,4 +1,4 @@
-//! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op.
+//! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op, or of each kernel of a GPU.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::cli::BenchArgs;
 use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
-use crate::device::{self, Device, on_device};
+use crate::device::{self, Device, KernelTime, Watch, on_device};
 use crate::error::{Error, Result};
 use crate::flops::{Work, op_work, step_flops};
 use crate::run::peak_memory_mib;
@@ -37,7 +37,12 @@ struct Report {
     product_flops: f64,
     optimizer_flops: f64,
     params: usize,
+    /// Of the process, and of the GPU's memory.
     peak_memory_mib: Option<f64>,
+    device_memory_mib: Option<f64>,
+    /// With a profile of a GPU: in all timed steps together, taken once more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kernels: Vec<KernelTime>,
 }
 
 /// Prints the times.
@@ -47,9 +52,8 @@ struct Report {
 pub fn bench(args: &BenchArgs) -> Result<()> {
     let overrides = Overrides { model: args.model.clone(), ..Overrides::default() };
     let config = overrides.resolve()?;
-    if args.profile && args.on.device != Device::Cpu {
-        // a GPU's op has only been asked for when it returns
-        return Err(Error::new("--profile takes the time of ops on the processor: leave out --device"));
+    if args.profile && args.json && args.on.device == Device::Cpu {
+        return Err(Error::new("the profile of a processor is a table: leave out --json or --profile"));
     }
     let opened = device::open(args.on.device, config.precision)?;
     let (report, times) = crate::pool(config.threads)?.install(|| {
@@ -59,10 +63,13 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         return Ok(());
     }
+    let passes = match report.device_memory_mib {
+        None => format!("forward {:.2} ms, backward {:.2} ms", report.forward_ms, report.backward_ms),
+        // a GPU is still at the one when it is asked for the other
+        Some(_) => format!("forward and backward {:.2} ms", report.forward_ms + report.backward_ms),
+    };
     crate::say!(
-        "forward {:.2} ms, backward {:.2} ms, optimizer {:.2} ms; step {:.2} ms ({} tokens, {} threads, medians of {})",
-        report.forward_ms,
-        report.backward_ms,
+        "{passes}, optimizer {:.2} ms; step {:.2} ms ({} tokens, {} threads, medians of {})",
         report.optimizer_ms,
         report.step_ms,
         report.tokens_per_step,
@@ -73,10 +80,35 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     if let Some(peak) = report.peak_memory_mib {
         crate::say!("{} parameters, peak memory {peak:.0} MiB", report.params);
     }
-    if args.profile {
+    if let Some(peak) = report.device_memory_mib {
+        crate::say!("peak memory of the device {peak:.0} MiB");
+    }
+    if !times.is_empty() {
         crate::say!("{}", table(&times, &op_work(&config), args.steps));
     }
+    if !report.kernels.is_empty() {
+        crate::say!("{}", kernel_table(&report));
+    }
     Ok(())
+}
+
+/// Per step and kernel, the slowest first: calls, milliseconds on the device, its part of all kernels, and the rate of products. What
+/// the kernels do not take of a step, the device waited.
+fn kernel_table(report: &Report) -> String {
+    let steps = report.steps as f64;
+    let all: f64 = report.kernels.iter().map(|kernel| kernel.ms / steps).sum();
+    let wide =
+        report.kernels.iter().map(|kernel| kernel.kernel.chars().count()).max().unwrap_or_default().max(8);
+    let mut text = format!("{:wide$}{:>8}{:>12}{:>8}", "kernel", "calls", "ms", "share");
+    for KernelTime { kernel, calls, ms, flops } in &report.kernels {
+        let rate = if *flops > 0.0 { format!("{:>10.1} TFLOP/s", flops / ms / 1e9) } else { String::new() };
+        let (calls, ms) = (*calls as f64 / steps, ms / steps);
+        write!(text, "\n{kernel:wide$}{calls:>8.0}{ms:>12.3}{:>7.1}%{rate}", 100.0 * ms / all)
+            .expect("a String takes it");
+    }
+    write!(text, "\n{:wide$}{:>8}{all:>12.3} of {:.3} ms a step", "all", "", report.step_ms)
+        .expect("a String takes it");
+    text
 }
 
 /// Per step and op, the slowest first: mean calls; milliseconds and rate of forward and backward; its part of all ops together.
@@ -115,7 +147,7 @@ fn table(times: &OpTimes, work: &BTreeMap<&'static str, Work>, steps: usize) -> 
     text
 }
 
-fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
+fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
     device: &B,
     compute: C,
     config: &Config,
@@ -123,6 +155,7 @@ fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
     let mut trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
+    let on_processor = B::WORKING_SET != usize::MAX; // a GPU's op has only been asked for when it returns
     let tokens = config.batch * config.context;
     let batches: Vec<Batch> = (0..config.accumulate)
         .map(|micro| {
@@ -137,7 +170,7 @@ fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
         .collect();
     let mut times: Vec<(Step, f64)> = Vec::new();
     for i in 0..steps + 2 {
-        if profile && i == 2 {
+        if profile && on_processor && i == 2 {
             trainer.op_times = Some(OpTimes::new());
         }
         let start = Instant::now();
@@ -145,6 +178,15 @@ fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
         if i >= 2 {
             times.push((step, start.elapsed().as_secs_f64()));
         }
+    }
+    let device_memory_mib = device.peak_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
+    let mut kernels = Vec::new();
+    if profile && !on_processor {
+        device.watch_kernels();
+        for _ in 0..steps {
+            trainer.step(&batches, 0.01)?;
+        }
+        kernels = device.kernel_times();
     }
     let median = |f: &dyn Fn(&(Step, f64)) -> f64| {
         let mut values: Vec<f64> = times.iter().map(f).collect();
@@ -171,6 +213,8 @@ fn measure<B: Backend, C: Backend<Wide = B::Wide>>(
         optimizer_flops: flops.optimizer,
         params: trainer.params.count(),
         peak_memory_mib: peak_memory_mib(),
+        device_memory_mib,
+        kernels,
     };
     Ok((report, trainer.op_times.unwrap_or_default()))
 }

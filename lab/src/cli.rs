@@ -504,8 +504,8 @@ pub struct BenchArgs {
     /// Print one JSON object: forward_ms, backward_ms, optimizer_ms, tokens_per_second, ...
     #[arg(long)]
     pub json: bool,
-    /// Also print where forward and backward spend their time, by op
-    #[arg(long, conflicts_with = "json")]
+    /// Also print where the time goes: of forward and backward, by op; on a GPU that of the whole step, by kernel
+    #[arg(long)]
     pub profile: bool,
     #[command(flatten)]
     pub on: DeviceOption,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rankgrad::parallel::{Alone, Link, ThroughHost};
 use rankgrad::tensor::{Backend, Cpu};
+use serde::Serialize;
 
 use crate::config::Precision;
 use crate::error::{Error, Result};
@@ -97,6 +98,51 @@ impl Join for rankgrad::gpu::Cuda<f32> {
     }
 }
 
+/// A backend whose work can be watched where it is done, apart from the processor that asks for it.
+pub trait Watch: Backend {
+    /// Takes the time of each kernel from now on.
+    fn watch_kernels(&self) {}
+    /// The times since then, the longest first; none of a processor, whose ops have theirs.
+    fn kernel_times(&self) -> Vec<KernelTime> {
+        Vec::new()
+    }
+    /// The most bytes of the device's memory that were in use at one time; None where that is the processor's, or unknown.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What a kernel took on the device in all its calls.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelTime {
+    pub kernel: String,
+    pub calls: usize,
+    pub ms: f64,
+    /// Of products; 0 for other kernels.
+    pub flops: f64,
+}
+
+impl Watch for Cpu<f32> {}
+
+#[cfg(feature = "cuda")]
+impl Watch for rankgrad::gpu::Cuda<f32> {
+    fn watch_kernels(&self) {
+        self.watch_kernels();
+    }
+    fn kernel_times(&self) -> Vec<KernelTime> {
+        let times = self.kernel_times().into_iter().map(|(kernel, time)| {
+            let rankgrad::gpu::KernelTime { calls, seconds, flops } = time;
+            KernelTime { kernel, calls, ms: 1e3 * seconds, flops }
+        });
+        let mut times: Vec<KernelTime> = times.collect();
+        times.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        times
+    }
+    fn peak_bytes(&self) -> Option<u64> {
+        self.peak_bytes()
+    }
+}
+
 /// A device, ready to compute. [`on_device`] runs the same code on either.
 pub enum Opened {
     Cpu(Cpu<f32>),
@@ -110,12 +156,14 @@ pub enum Opened {
 /// Opens what was asked for; `auto` says on standard error what it takes.
 ///
 /// # Errors
-/// Why there is no such GPU, and what to do. bf16 on the processor.
+/// Why there is no such GPU, and what to do. bf16 on the processor, or on a GPU that has none.
 pub fn open(device: Device, precision: Precision) -> Result<Opened> {
     match (opened(device)?, precision) {
         (opened, Precision::F32) => Ok(opened),
         #[cfg(feature = "cuda")]
-        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => Ok(Opened::Mixed(gpu)),
+        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => {
+            has_bf16(device).map(|()| Opened::Mixed(gpu))
+        }
         (Opened::Cpu(_), Precision::Bf16) => Err(Error::new(
             "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
         )),
@@ -241,6 +289,17 @@ fn found(ordinal: usize) -> std::result::Result<(), String> {
     use rankgrad::gpu::Unavailable::NoSuchDevice;
     let count = rankgrad::gpu::devices().map_err(|why| why.to_string())?.len();
     if ordinal < count { Ok(()) } else { Err(NoSuchDevice(ordinal, count).to_string()) }
+}
+
+#[cfg(feature = "cuda")]
+fn has_bf16(device: Device) -> Result<()> {
+    let ordinal = if let Device::Cuda(ordinal) = device { ordinal } else { 0 };
+    match rankgrad::gpu::devices().ok().and_then(|all| all.get(ordinal)) {
+        Some(old) if !old.has_bf16() => Err(Error::new(format!(
+            "precision is bf16, for which {old} is too old (8.0 is needed): train a new run with --precision f32"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(not(feature = "cuda"))]

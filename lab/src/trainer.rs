@@ -152,19 +152,19 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
         let (inputs, targets) = (&batch.inputs[tokens.clone()], &batch.targets[tokens]);
         let share = share * rows.len() as f64 / batch.rows as f64;
         let (part, exact) = model.loss(&w, inputs, targets, rows.len(), share); // [1], [1]
-        let value = share * exact.item();
         forward += start.elapsed();
+
+        let start = Instant::now();
+        let before = sum.take().unwrap_or_default();
+        sum = Some(w.gradients(part.backward_onto(w.pair_up(before))));
+        let value = share * exact.item(); // not before: a GPU would be waited for
+        backward += start.elapsed();
         if !value.is_finite() {
             let tape = Tape::keeping(device); // once more, to see all values
             model.loss(&params.on(&tape), inputs, targets, rows.len(), share); // [1]
             return Err(tape.first_non_finite());
         }
         loss += value;
-
-        let start = Instant::now();
-        let before = sum.take().unwrap_or_default();
-        sum = Some(w.gradients(part.backward_onto(w.pair_up(before))));
-        backward += start.elapsed();
         add_times(&mut op_times, tape.times());
     }
     Ok(Pass { loss, grads: sum.unwrap_or_default().cast(own), forward, backward, op_times })

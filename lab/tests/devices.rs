@@ -144,7 +144,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         Err(why) if why.starts_with("no C++ compiler") => return println!("skipped: {why}"),
         built => built.unwrap(),
     }
-    for name in ["libcublas.so", "libnvrtc.so"] {
+    for name in ["libcublas.so", "libcublasLt.so", "libnvrtc.so"] {
         std::fs::hard_link(desk.path("libcuda.so"), desk.path(name)).unwrap();
     }
     let command = |line: &str| {
@@ -200,17 +200,21 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
             .contains("tokens/s")
     );
     // a device that fails ends the command with one line
-    let fails = |name: &str, value: &str| {
-        let mut command = desk
-            .command("train --data text --config small.toml --quiet --out failed --steps 2 --device cuda");
+    let fails_in = |precision: &str, name: &str, value: &str| {
+        let train = "train --data text --config small.toml --quiet --out failed --steps 2 --device cuda";
+        let mut command = desk.command(&format!("{train} --precision {precision}"));
         command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path("")).env(name, value);
         let output = command.output().unwrap();
         assert!(!output.status.success(), "{name}");
         let _ = std::fs::remove_dir_all(desk.path("failed"));
         String::from_utf8(output.stderr).unwrap()
     };
+    let fails = |name: &str, value: &str| fails_in("f32", name, value);
+    let said = fails_in("bf16", "RANKGRAD_FAKE_MAJOR", "7");
+    let wanted = "error: precision is bf16, for which cuda:0: Simulated, 1.0 GiB, compute capability 7.0 is too old (8.0 is needed)";
+    assert!(said.starts_with(wanted) && said.lines().count() == 1, "{said}");
     // room for the parameters and the optimizer, not for a step
-    let said = fails("RANKGRAD_FAKE_BYTES", "180000");
+    let said = fails("RANKGRAD_FAKE_BYTES", "33734432");
     assert!(said.starts_with("error: GPU cuda:0: ") && said.lines().count() == 1, "{said}");
     assert!(
         said.contains(" GiB asked for after ") && said.contains("smaller --batch or --context"),

@@ -14,7 +14,7 @@ mod sgemm;
 pub use buffer::{Buffer, Pool};
 pub use sgemm::{Product, dgemm, sgemm};
 
-use super::{Accum, AdamWStep, Attention, Backend, Binary, Mat, Scalar, Shape, Tensor, Unary};
+use super::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Mat, Scalar, Shape, Tensor, Unary};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
@@ -131,11 +131,11 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn wide(&self) -> Self {
         *self
     }
-    fn widen(x: &Tensor<Self>) -> Tensor<Self> {
-        x.clone()
+    fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Self>> {
+        xs.iter().copied().cloned().collect()
     }
-    fn narrow(&self, x: &Tensor<Self>) -> Tensor<Self> {
-        x.clone()
+    fn narrow(&self, xs: &[&Tensor<Self>]) -> Vec<Tensor<Self>> {
+        xs.iter().copied().cloned().collect()
     }
     fn sync(&self) {} // every op returns when it is done
 
@@ -146,22 +146,24 @@ impl<T: Scalar> Backend for Cpu<T> {
         gemm::gemm_symmetric(a, b, c);
     }
 
-    fn axpby(alpha: f64, x: &Tensor<Self>, beta: f64, y: &mut Tensor<Self>) {
-        let (alpha, beta) = (T::of(alpha), T::of(beta));
-        let y = y.buffer_mut().par_chunks_mut(GRAIN);
-        y.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| {
-            simd(
-                #[inline(always)]
-                || {
-                    let pairs = y.iter_mut().zip(x);
-                    if beta == T::zero() {
-                        pairs.for_each(|(y, &x)| *y = alpha * x);
-                    } else {
-                        pairs.for_each(|(y, &x)| *y = alpha * x + beta * *y);
-                    }
-                },
-            )
-        });
+    fn axpby(terms: Vec<Axpby<Self>>) {
+        for (alpha, x, beta, y) in terms {
+            let (alpha, beta) = (T::of(alpha), T::of(beta));
+            let y = y.buffer_mut().par_chunks_mut(GRAIN);
+            y.zip(x.buffer().par_chunks(GRAIN)).for_each(|(y, x)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let pairs = y.iter_mut().zip(x);
+                        if beta == T::zero() {
+                            pairs.for_each(|(y, &x)| *y = alpha * x);
+                        } else {
+                            pairs.for_each(|(y, &x)| *y = alpha * x + beta * *y);
+                        }
+                    },
+                )
+            });
+        }
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
