@@ -526,6 +526,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         // what the smallest device since sm_80 gives a block of shared memory, 99 KiB, holds a row of sums
         assert!(d <= 24 << 10, "rms_norm_grad: on GPUs a row has at most {} columns, not {d}", 24 << 10);
         let (threads, sides) = Self::sides(d);
+        let threads = threads.min(128); // three rows take many registers
         let chunk = n.div_ceil(512).max(sides); // all blocks at once, each long enough that its sums are few
         let blocks = n.div_ceil(chunk);
         let mut sums = Tensor::scratch(&device.wide(), [blocks, d]); // [blocks, d]
@@ -621,7 +622,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let [ids, order, starts] = [ids, &order, &starts].map(|x| device.stage(x));
         let args = args![dy, &ids, &order, &starts, &mut dtable, int(d)];
         // SAFETY: (dy, ids, order, starts, dtable, d), the ids below the table's rows
-        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 256, args) };
+        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 128, args) };
         dtable
     }
 

@@ -540,7 +540,7 @@ fn planted_bugs_are_found() {
             "    __syncthreads(); // all parts are whole\n",
             "",
         ),
-        (In::Both, "gradients that are not added to", "if (adds) at.columns", "if (!adds) at.columns"),
+        (In::Both, "gradients that are not added to", "(adds ? before : 0.0f)", "(adds ? 0.0f : before)"),
         (
             In::Both,
             "a barrier that some threads do not reach",

@@ -192,11 +192,9 @@ __device__ float block_max(float v) {
 #define SHORT_ROW 4096u
 #define ROW_THREADS 512
 #define ROW_KERNEL(name) KERNEL_FOR(ROW_THREADS, name)
-// Packs that a thread keeps of a row: all of it, up to 64 KiB.
-#define KEPT 8u
 
-// A row that is read once and then stays in registers, as far as it fits.
-template <class U> struct KeptRow {
+// A row that is read once and then stays in registers, up to KEPT packs of it in each thread.
+template <class U, u32 KEPT> struct KeptRow {
     static const u32 W = 16 / sizeof(U);
     const U* x;
     Pack<U, W> packs[KEPT];
@@ -204,7 +202,7 @@ template <class U> struct KeptRow {
     __device__ const U& operator[](u32 c) const { return x[c]; }
 };
 // Pack k of this thread, which is at column c.
-template <bool KEEPS, u32 W, class U> __device__ Read<U, W> neighbours(const KeptRow<U>& row, u32 k, u32 c) {
+template <bool KEEPS, u32 W, class U, u32 KEPT> __device__ Read<U, W> neighbours(const KeptRow<U, KEPT>& row, u32 k, u32 c) {
     if (KEEPS) return {row.packs[k]};
     return {load<W>(row.x + c)};
 }
@@ -212,7 +210,7 @@ template <bool, u32 W, class U> __device__ auto neighbours(U* x, u32, u32 c) { r
 
 // This thread's part in a row of d columns of U. `wide`: rows are whole packs; its packs are then number lane, lane + threads, …;
 // otherwise its columns are.
-template <class U> struct Row {
+template <class U, u32 KEPT = 8> struct Row {
     static const u32 W = 16 / sizeof(U);
     u64 number;
     u32 d, lane, threads;
@@ -227,8 +225,8 @@ template <class U> struct Row {
 
     template <class P> __device__ P* of(P* x) const { return x + number * d; }
 
-    __device__ KeptRow<U> keep(const U* x) const {
-        KeptRow<U> kept;
+    __device__ KeptRow<U, KEPT> keep(const U* x) const {
+        KeptRow<U, KEPT> kept;
         kept.x = x;
         #pragma unroll
         for (u32 k = 0; k < KEPT; k++) {

@@ -11,7 +11,7 @@ __device__ float power(float x) { return exp2f(x * 1.44269504f); }
 struct Exponentials {
     float total, top;
 };
-__device__ Exponentials exponentials(const Row<T>& at, const KeptRow<T>& x) {
+template <class X> __device__ Exponentials exponentials(const Row<T>& at, const X& x) {
     float top = -INFINITE, total = 0.0f;
     at.columns([&](u32, float x) { top = fmaxf(top, x); }, x);
     top = at.max(top);
@@ -22,7 +22,7 @@ __device__ Exponentials exponentials(const Row<T>& at, const KeptRow<T>& x) {
 ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const KeptRow<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
     const float scale = 1.0f / e.total;
     at.columns([=](u32, float x, auto& y) { y = power(x - e.top) * scale; }, row, at.of(y));
@@ -31,7 +31,7 @@ ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
 ROW_KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const KeptRow<T> row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
+    const auto row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
     float mean = 0.0f;
     at.columns([&](u32, float y, float dy) { mean += y * dy; }, row, drow);
     mean = at.sum(mean);
@@ -44,7 +44,7 @@ ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses,
     const Row<T> at(d);
     if (at.number >= n) return;
     const u32 target = targets[at.number];
-    const KeptRow<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
     const float scale = weight / e.total;
     auto f = [=](float x) { return power(x - e.top) * scale; };
@@ -75,7 +75,7 @@ KERNEL_FOR(1024, mean_loss)(const double* losses, float* mean, u32 n) {
 //      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s
 
 __device__ void rms_norm_of(const Row<T>& at, const T* x, const T* g, T* y, float* inv_rms, float eps) {
-    const KeptRow<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     float squares = 0.0f;
     at.columns([&](u32, float x) { squares += x * x; }, row);
     const float s = 1.0f / sqrtf(at.sum(squares) / at.d + eps);
@@ -98,30 +98,26 @@ ROW_KERNEL(add_rms_norm)(const T* x, const T* r, const T* g, T* sum, T* y, float
 
 // A block takes `chunk` rows. dx, or if `adds` what is there and dx; and the block's part of dg, its row of sums [blocks, d]. Each of
 // the rows that it takes side by side has its own part of dg in shared memory, d floats; whose thread a column is adds to it.
-ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
-    Row<T> at(d);
+KERNEL_FOR(128, rms_norm_grad)
+(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
+    Row<T, 6> at(d); // more of three rows at a time would take the registers of another block
     DYNAMIC_SHARED(parts);
     const u32 sides = blockDim.x / at.threads, side = threadIdx.x / at.threads;
     float* part = parts + side * d;
     at.columns([](u32, auto& part) { part = 0.0f; }, part);
     const u64 end = (blockIdx.x + 1ull) * chunk;
     for (at.number = (u64)blockIdx.x * chunk + side; at.number < end && at.number < n; at.number += sides) {
-        const KeptRow<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const auto row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const auto before = at.keep(at.of(adds ? dx : dy)); // there is always something to read
         const float s = inv_rms[at.number];
         float along = 0.0f;
         at.columns([&](u32, float x, float g, float dy) { along += x * (g * dy); }, row, g, drow);
         const float pull = at.sum(along) / d * s * s * s;
         auto f = [=](u32, float x, float g, float dy, float before, float sum, auto& dx, auto& part) {
-            dx = before + (g * dy * s - x * pull);
+            dx = (adds ? before : 0.0f) + (g * dy * s - x * pull);
             part = sum + dy * x * s;
         };
-        auto from_zero = [=](u32 c, float x, float g, float dy, float sum, auto& dx, auto& part) {
-            f(c, x, g, dy, 0.0f, sum, dx, part);
-        };
-        T* out = at.of(dx);
-        const float* sum = part;
-        if (adds) at.columns(f, row, g, drow, (const T*)out, sum, out, part);
-        else at.columns(from_zero, row, g, drow, sum, out, part);
+        at.columns(f, row, g, drow, before, (const float*)part, at.of(dx), part);
     }
     __syncthreads(); // all parts are whole
     for (u32 c = threadIdx.x; c < d; c += blockDim.x) {
@@ -137,7 +133,7 @@ ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T*
 ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u64 n, u32 d, float eps) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const KeptRow<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     float sum = 0.0f, squares = 0.0f;
     at.columns([&](u32, float x) { sum += x; }, row);
     const float mean = at.sum(sum) / d;
@@ -151,7 +147,7 @@ ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u
 ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const KeptRow<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+    const auto row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
     const float mean = stats[2 * at.number], s = stats[2 * at.number + 1];
     float sum = 0.0f, along = 0.0f;
     auto f = [&](u32, float x, float g, float dy) {
@@ -172,10 +168,11 @@ ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T*
 
 // Σ of term(row, its elements of the tensors x at one column) over the rows first … end − 1. A block has the columns of 32 packs, those
 // with number `strip`; each of its warps takes every so many rows, and the warps are added in their order. row_of: which row of x a row is.
-template <class Term, class RowOf, class Y, class... X>
+// A block has up to MOST threads.
+template <u32 MOST, class Term, class RowOf, class Y, class... X>
 __device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first, u64 end, u32 d, const X*... x) {
     const u32 W = 16 / sizeof(T);
-    __shared__ float parts[W][1024];
+    __shared__ float parts[W][MOST];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, base = strip * WARP * W;
     const bool wide = d % W == 0;
     auto column = [=](u32 j) { return base + (wide ? lane * W + j : j * WARP + lane); };
@@ -217,26 +214,27 @@ __device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first,
 }
 
 // Those of the chunk that is blockIdx.y.
-template <class Term, class... X> __device__ void chunk_sums(Term term, float* y, u64 n, u32 d, u32 chunk, const X*... x) {
+template <u32 MOST, class Term, class... X>
+__device__ void chunk_sums(Term term, float* y, u64 n, u32 d, u32 chunk, const X*... x) {
     const u64 first = (u64)blockIdx.y * chunk, end = first + chunk < n ? first + chunk : n;
-    column_sums(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
+    column_sums<MOST>(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
 }
 
 KERNEL_FOR(1024, sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
-    chunk_sums([](u64, float x) { return x; }, y, n, d, chunk, x);
+    chunk_sums<1024>([](u64, float x) { return x; }, y, n, d, chunk, x);
 }
 
 KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
     auto term = [=](u64 row, float x, float dy) { return dy * (x - stats[2 * row]) * stats[2 * row + 1]; };
-    chunk_sums(term, y, n, d, chunk, x, dy);
+    chunk_sums<256>(term, y, n, d, chunk, x, dy);
 }
 
 // Row id of the table receives the rows of dy where that id stood. One blockIdx.x for each id that occurs: the host has sorted the
 // positions by id, and those of occurrence k are order[starts[k]] … order[starts[k + 1] − 1].
-KERNEL(embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
+KERNEL_FOR(128, embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
     const u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
     T* y = dtable + (u64)ids[order[first]] * d;
-    column_sums([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
+    column_sums<128>([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
 }
 
 // ---- sums over everything: of each tensor of a batch, one f64 for each of its parts [tensors, parts of the largest], then the sum of
