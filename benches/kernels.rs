@@ -96,7 +96,7 @@ fn rows(c: &mut Criterion) {
         let p = B::softmax(&logits); // [N, V]
         bench(c, "softmax", &format!("{preset} backward"), logits.len(), || B::softmax_grad(&p, &logits));
         bench(c, "cross_entropy", &format!("{preset} loss and gradient"), logits.len(), || {
-            B::cross_entropy(&logits, &targets)
+            B::cross_entropy(&logits, &targets, 1.0)
         });
     }
 }

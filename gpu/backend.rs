@@ -101,7 +101,7 @@ impl<T: OnGpu> Cuda<T> {
         };
         let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
         let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
-        let grid = [table.len(), blocks(most.div_ceil(2 * Cuda::<X>::PACK), THREADS).min(512), 1];
+        let grid = [table.len(), blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1];
         // SAFETY: the caller's promise, and each row has the fields of a Term
         unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
     }
@@ -500,6 +500,22 @@ impl<T: OnGpu> Backend for Cuda<T> {
         unsafe { x.device().rows("rms_norm", [n, d], args) };
         (y, inv_rms)
     }
+    fn add_rms_norm(
+        x: &Tensor<Self>,
+        r: &Tensor<Self>,
+        g: &Tensor<Self>,
+        eps: f64,
+    ) -> ([Tensor<Self>; 2], Tensor<Cuda<f32>>) {
+        let (n, d) = (x.rows(), x.cols());
+        same_len("add_rms_norm", [x, r]);
+        assert!(g.len() == d, "add_rms_norm: {} for {}", g.shape(), x.shape());
+        let [mut sum, mut y] = [(); 2].map(|()| Tensor::scratch(x.device(), x.shape())); // [n, d] each
+        let mut inv_rms = Tensor::scratch(&x.device().wide(), [n]); // [n]
+        let args = args![x, r, g, &mut sum, &mut y, &mut inv_rms, n as u64, int(d), eps as f32];
+        // SAFETY: (x, r, g, sum, y, inv_rms, n, d, eps)
+        unsafe { x.device().rows("add_rms_norm", [n, d], args) };
+        ([sum, y], inv_rms)
+    }
     fn rms_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
@@ -515,6 +531,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         // what the smallest device since sm_80 gives a block of shared memory, 99 KiB, holds a row of sums
         assert!(d <= 24 << 10, "rms_norm_grad: on GPUs a row has at most {} columns, not {d}", 24 << 10);
         let (threads, sides) = Self::sides(d);
+        let threads = threads.min(128); // three rows take many registers
         let chunk = n.div_ceil(512).max(sides); // all blocks at once, each long enough that its sums are few
         let blocks = n.div_ceil(chunk);
         let mut sums = Tensor::scratch(&device.wide(), [blocks, d]); // [blocks, d]
@@ -613,7 +630,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let [ids, order, starts] = [ids, &order, &starts].map(|x| device.stage(x));
         let args = args![dy, &ids, &order, &starts, &mut dtable, int(d)];
         // SAFETY: (dy, ids, order, starts, dtable, d), the ids below the table's rows
-        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 256, args) };
+        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 128, args) };
         dtable
     }
 
@@ -688,18 +705,22 @@ impl<T: OnGpu> Backend for Cuda<T> {
         [dq, dk, dv]
     }
 
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Cuda<f32>>, Tensor<Self>) {
+    fn cross_entropy(
+        logits: &Tensor<Self>,
+        targets: &[u32],
+        share: f64,
+    ) -> (Tensor<Cuda<f32>>, Tensor<Self>) {
         let (n, d, device) = (logits.rows(), logits.cols(), logits.device());
         assert!(targets.len() == n, "cross_entropy: {} targets for {}", targets.len(), logits.shape());
         below("cross_entropy", targets, d);
         let mut dx = Tensor::scratch(device, logits.shape()); // [n, v]
         let mut loss = Tensor::scratch(&device.wide(), [1]); // [1]
         let (targets, losses) = (device.stage(targets), device.alloc(n * size_of::<f64>()));
-        let args = args![logits, &targets, &mut dx, &losses, n as u64, int(d), 1.0 / n as f32];
-        // SAFETY: (x, targets, dx, losses, n, d, inv_n), the targets below d
+        let args = args![logits, &targets, &mut dx, &losses, n as u64, int(d), (share / n as f64) as f32];
+        // SAFETY: (x, targets, dx, losses, n, d, weight), the targets below d
         unsafe { device.rows("cross_entropy", [n, d], args) };
         // SAFETY: (losses, mean, n)
-        unsafe { device.launch("mean_loss", [1, 1, 1], threads(n), args![&losses, &mut loss, int(n)]) };
+        unsafe { device.launch("mean_loss", [1, 1, 1], 1024, args![&losses, &mut loss, int(n)]) };
         (loss, dx)
     }
 

@@ -38,7 +38,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// All kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 39] = [
+pub const NAMES: [&str; 40] = [
     "fill",
     "widen",
     "narrow",
@@ -60,6 +60,7 @@ pub const NAMES: [&str; 39] = [
     "cross_entropy",
     "mean_loss",
     "rms_norm",
+    "add_rms_norm",
     "rms_norm_grad",
     "layer_norm",
     "layer_norm_grad",

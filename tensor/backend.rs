@@ -68,6 +68,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn softmax_grad(y: &Tensor<Self>, dy: &Tensor<Self>) -> Tensor<Self>;
     /// `y = g ∘ x / rms`, rms = √(mean x² + eps) per row; also returns 1/rms \[n\].
     fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Self::Wide>);
+    /// `x + r`, and `rms_norm` of that: \[sum, y\] and 1/rms \[n\].
+    fn add_rms_norm(
+        x: &Tensor<Self>,
+        r: &Tensor<Self>,
+        g: &Tensor<Self>,
+        eps: f64,
+    ) -> ([Tensor<Self>; 2], Tensor<Self::Wide>) {
+        let sum = x.add(r); // like x
+        let (y, inv_rms) = Self::rms_norm(&sum, g, eps); // like x, [n]
+        ([sum, y], inv_rms)
+    }
     /// (before + dx, dg).
     fn rms_norm_grad(
         x: &Tensor<Self>,
@@ -123,8 +134,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dout: &Tensor<Self>,
         how: Attention,
     ) -> [Tensor<Self>; 3];
-    /// Mean over the rows of −log softmax(logits)\[target\] \[1\], and its gradient with respect to the logits [n, v].
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Self::Wide>, Tensor<Self>);
+    /// Mean over the rows of −log softmax(logits)\[target\] \[1\], and `share` times its gradient with respect to the logits [n, v].
+    fn cross_entropy(
+        logits: &Tensor<Self>,
+        targets: &[u32],
+        share: f64,
+    ) -> (Tensor<Self::Wide>, Tensor<Self>);
 
     /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.
     fn adamw(

@@ -167,7 +167,7 @@ fn indices_out_of_range_are_refused() {
     let panics = |f: &dyn Fn()| catch_unwind(AssertUnwindSafe(f)).is_err();
     assert!(panics(&|| drop(Cuda::embedding(&table, &[4]))));
     assert!(panics(&|| drop(Cuda::embedding_grad(table.shape(), &[4, 0, 0, 0], &table))));
-    assert!(panics(&|| drop(Cuda::cross_entropy(&table, &[0, 1, 2, 3]))));
+    assert!(panics(&|| drop(Cuda::cross_entropy(&table, &[0, 1, 2, 3], 1.0))));
     let short = Tensor::from_buffer(&gpu, [9, 9], gpu.scratch(3)); // [9, 9] by its own account
     assert!(panics(&|| drop(Cuda::unary(Unary::Exp, &short))));
 }
@@ -262,19 +262,21 @@ fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>>
     let mut z = y.clone(); // [n, d]
     z.axpby(0.3, &x, -1.5);
     out.push(z);
-    let mut wide = B::widen(&[&x]);
-    wide.push(wide[0].cast::<B>(device).cast(&device.wide())); // like x
+    let mut wide = B::widen(&[&x, &g]); // [n, d], [d]
+    out.extend(device.narrow(&wide.iter().collect::<Vec<_>>()));
     let (normed, inv_rms) = B::rms_norm(&x, &g, 1e-5); // [n, d], [n]
     if d <= 24 << 10 {
         out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
     }
     out.extend([normed, B::softmax(&x), B::softmax_grad(&x, &dy)]);
-    wide.push(inv_rms);
+    let (both, inv_rms_of_both) = B::add_rms_norm(&x, &y, &g, 1e-5); // [n, d] × 2, [n]
+    out.extend(both);
+    wide.extend([inv_rms, inv_rms_of_both]);
     if d > 1 {
         // a single column is its own mean, and certain: what should be 0 is rounding
         let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
         out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
-        let (loss, dx) = B::cross_entropy(&x, &ids.map(|id| id % d as u32)); // [1], [n, d]
+        let (loss, dx) = B::cross_entropy(&x, &ids.map(|id| id % d as u32), 0.25); // [1], [n, d]
         out.extend([normed, dx]);
         wide.extend([stats, loss]);
     }
@@ -350,19 +352,23 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend(B::rms_norm_grad(&x, &g, &inv_rms, &dy, Some(y.clone())));
     out.push(normed);
     wide.push(inv_rms);
+    let (both, inv_rms) = B::add_rms_norm(&x, &y, &g, 1e-5); // [n, d] × 2, [n]
+    out.extend(both);
+    wide.push(inv_rms);
     let long = draw(device, 10, &[2, 2200]); // [2, 2200]: a block for each row
     let gain = draw(device, 11, &[2200]); // [2200]
     let (normed, inv_rms) = B::rms_norm(&long, &gain, 1e-5); // [2, 2200], [2]
     out.extend(B::rms_norm_grad(&long, &gain, &inv_rms, &long, None));
-    out.push(normed);
-    wide.push(inv_rms);
+    let (loss, dx) = B::cross_entropy(&long, &[3, 2000], 0.5); // [1], [2, 2200]
+    out.extend([normed, dx]);
+    wide.extend([inv_rms, loss]);
     let [odd, more] = [12, 13].map(|seed| draw(device, seed, &[9, 37])); // [9, 37]: no packs, and a tail
     out.extend([B::binary(Binary::Add, &odd, &more), B::sum_rows(&odd), B::softmax(&odd)]);
     let (normed, stats) = B::layer_norm(&x, &g, &b, 1e-5); // [n, d], [n, 2]
     out.extend(B::layer_norm_grad(&x, &g, &stats, &dy));
     out.push(normed);
     wide.push(stats);
-    let (loss, dx) = B::cross_entropy(&x, &ids); // [1], [n, d]
+    let (loss, dx) = B::cross_entropy(&x, &ids, 1.0); // [1], [n, d]
     out.push(dx);
     wide.push(loss);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
@@ -515,34 +521,33 @@ fn planted_bugs_are_found() {
         (
             In::Both,
             "a write beyond the end",
-            "i < n; i += threads) f(p[i]...);",
-            "i < n + 1; i += threads) f(p[i]...);",
+            "i < n; i += thread.count) f(p[i]...);",
+            "i < n + 1; i += thread.count) f(p[i]...);",
         ),
         (
             In::Both,
             "a tail that is left out",
-            "    for (u64 i = packs * W + thread; i < n; i += threads) f(p[i]...); // the tail\n",
+            "    for (u64 i = packs * W + thread.number; i < n; i += thread.count) f(p[i]...); // the tail\n",
             "",
         ),
         (
             In::Both,
             "a tail that begins too late",
-            "u64 i = packs * W + thread; i < n; i += threads) f",
-            "u64 i = packs * W + thread + 1; i < n; i += threads) f",
+            "u64 i = packs * W + thread.number; i < n; i += thread.count) f",
+            "u64 i = packs * W + thread.number + 1; i < n; i += thread.count) f",
         ),
-        (In::Both, "packs where rows have none", "wide(d % W == 0) {", "wide(true) {"),
+        (In::Both, "a second pack that is the first", "(k + thread.count) * W)...);", "k * W)...);"),
         (
             In::Both,
             "a row's packs beyond its end",
             "if (c < d) apply<W>(g, neighbours<KEEPS",
             "if (c < d + W) apply<W>(g, neighbours<KEEPS",
         ),
-        (In::Both, "a second pack that is the first", "(k + threads) * W)...);", "k * W)...);"),
         (
             In::Both,
-            "a read beyond the end",
+            "a gain that begins too late",
             "y = g * x * s; }, row, g, at.of(y));",
-            "y = g * x * s; }, row, g + 1, at.of(y));",
+            "y = g * x * s; }, row, g + 16, at.of(y));",
         ),
         (
             In::Both,
@@ -556,6 +561,7 @@ fn planted_bugs_are_found() {
             "    __syncthreads(); // all parts are whole\n",
             "",
         ),
+        (In::Both, "gradients that are not added to", "(adds ? before : 0.0f)", "(adds ? 0.0f : before)"),
         (
             In::Both,
             "a barrier that some threads do not reach",

@@ -26,7 +26,7 @@ const NAIVE: f64 = 1e-13;
 /// f32: a short chain of roundings per element: 4. Sums of K terms add about √K/2 roundings, K at most 16,421/16 in each of 16
 /// lanes: 16. Sums over rows have one lane and K = 5,000 (and the norms cube a rounded 1/rms before that): 32.
 /// bf16: whatever is computed, f32 holds it until it is rounded for the first time, and one rounding is at most one yardstick: 1.
-/// What reads back something rounded rounds twice: 2 (a mean its sum, lowrank_linear x·B, attention's gradient o; that of cross_entropy
+/// What reads back something rounded rounds twice: 2 (a mean its sum, a norm of a sum that too, lowrank_linear x·B, attention's gradient o; that of cross_entropy
 /// is rounded before it is multiplied by dy). Softmax's gradient reads back y, which rounded does not sum to 1: as in f32.
 /// `cancels`: the gradient can be a small difference of terms as large as dy (1 − tanh², p − 1, dy − mean), so dy's own
 /// rounding is allowed for too.
@@ -57,6 +57,7 @@ const TOLERANCES: &[(&str, f64, f64, bool)] = &[
     ("lowrank_linear", 16.0, 2.0, false),
     ("softmax", 16.0, 16.0, false),
     ("rms_norm", 32.0, 1.0, true),
+    ("add_rms_norm", 32.0, 2.0, true),
     ("layer_norm", 32.0, 1.0, true),
     ("attention", 16.0, 2.0, true),
     ("cross_entropy", 16.0, 2.0, true),
@@ -227,7 +228,15 @@ fn table() -> Vec<Row> {
         row!("add_bias", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].add_bias(x[1])).naive(naive_add_bias),
         row!("softmax", |z, x| [[z.batch, z.n, z.d]] => x[0].softmax()).naive(naive_softmax),
         row!("rms_norm", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].rms_norm(x[1], 1e-5)).drawn(Domain::OffZero)
-            .naive(naive_rms_norm),
+            .naive(|x, _| naive_rms_norm(&x[0], &x[1], 1e-5).concat()),
+        row!("add_rms_norm", |z, x| [[z.batch, z.n, z.d], [z.batch, z.n, z.d], [z.d]] => {
+            let (sum, y) = x[0].add_rms_norm(x[1], x[2], 1e-1);
+            concat(&[sum, y])
+        }).naive(|x, _| {
+            let sum = &x[0] + &x[1];
+            let both = rows(&sum).into_iter().zip(naive_rms_norm(&sum, &x[2], 1e-1));
+            both.flat_map(|(sum, y)| [sum, y].concat()).collect()
+        }),
         row!("layer_norm", |z, x| [[z.batch, z.n, z.d], [z.d], [z.d]] => x[0].layer_norm(x[1], x[2], 1e-1))
             .naive(naive_layer_norm),
         row!("embedding", |z, x| [[z.v, z.r]] => x[0].embedding(&z.ids(z.n))).naive(naive_embedding),
@@ -307,15 +316,13 @@ fn naive_softmax(x: &[ArrayD<f64>], _: &Sizes) -> Vec<f64> {
     rows(&x[0]).iter().flat_map(|row| softmax(row)).collect()
 }
 
-fn naive_rms_norm(x: &[ArrayD<f64>], _: &Sizes) -> Vec<f64> {
-    let normed = |x: Vec<f64>| {
+/// Row by row.
+fn naive_rms_norm(x: &ArrayD<f64>, g: &ArrayD<f64>, eps: f64) -> Vec<Vec<f64>> {
+    let normed = |x: Vec<f64>| -> Vec<f64> {
         let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
-        x.into_iter().map(move |x| x / (mean + 1e-5).sqrt())
+        x.iter().zip(g).map(|(x, g)| g * x / (mean + eps).sqrt()).collect()
     };
-    let gained = rows(&x[0])
-        .into_iter()
-        .flat_map(|row| normed(row).zip(&x[1]).map(|(y, g)| y * g).collect::<Vec<_>>());
-    gained.collect()
+    rows(x).into_iter().map(normed).collect()
 }
 
 fn naive_layer_norm(x: &[ArrayD<f64>], z: &Sizes) -> Vec<f64> {

@@ -11,11 +11,7 @@ impl<'t, B: Backend> Add for Var<'t, B> {
     #[track_caller]
     fn add(self, other: Self) -> Self {
         let y = self.value().add(&other.value()); // like self
-        let (ia, ib) = (self.id(), other.id());
-        self.tape().record("add", &[self, other], y, move |dy, grads| {
-            grads.add(ia, dy.clone());
-            grads.add(ib, dy);
-        })
+        self.added(other, y)
     }
 }
 
@@ -58,6 +54,16 @@ impl<'t, B: Backend> Mul for Var<'t, B> {
 }
 
 impl<'t, B: Backend> Var<'t, B> {
+    /// Records y = self + other.
+    #[track_caller]
+    pub(super) fn added(self, other: Self, y: Tensor<B>) -> Self {
+        let (ia, ib) = (self.id(), other.id());
+        self.tape().record("add", &[self, other], y, move |dy, grads| {
+            grads.add(ia, dy.clone());
+            grads.add(ib, dy);
+        })
+    }
+
     /// `alpha · x`.
     #[track_caller]
     pub fn scale(self, alpha: f64) -> Self {

@@ -3,7 +3,7 @@
 //! Letters: d row length, g gain [d], b bias [d].
 
 use crate::autograd::Var;
-use crate::tensor::Backend;
+use crate::tensor::{Backend, Tensor, same_shape};
 
 impl<'t, B: Backend> Var<'t, B> {
     /// eˣ / Σ eˣ over the last axis.
@@ -21,10 +21,29 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn rms_norm(self, gain: Self, eps: f64) -> Self {
         let (x, g) = (self.value(), gain.value());
-        let (d, gs) = (x.cols(), g.shape());
-        assert!(gs.dims() == [d], "rms_norm: {} needs a gain of shape [{d}], not {gs}", x.shape());
+        check_gain(&x, &g);
         let (y, inv_rms) = B::rms_norm(&x, &g, eps); // [.., d], [N]
-        let (ix, ig) = (self.id(), gain.id());
+        self.rms_normed(gain, y, inv_rms)
+    }
+
+    /// The sum s = x + r, and [`Var::rms_norm`] of it: (s, y), in one pass where the backend has one.
+    ///
+    /// # Panics
+    /// If the shapes of x and r differ, or as [`Var::rms_norm`].
+    #[track_caller]
+    pub fn add_rms_norm(self, r: Self, gain: Self, eps: f64) -> (Self, Self) {
+        let (x, other, g) = (self.value(), r.value(), gain.value());
+        same_shape("add_rms_norm", &x, &other);
+        check_gain(&x, &g);
+        let ([sum, y], inv_rms) = B::add_rms_norm(&x, &other, &g, eps); // [.., d] × 2, [N]
+        let sum = self.added(r, sum); // [.., d]
+        (sum, sum.rms_normed(gain, y, inv_rms))
+    }
+
+    /// Records what `rms_norm` gave.
+    #[track_caller]
+    fn rms_normed(self, gain: Self, y: Tensor<B>, inv_rms: Tensor<B::Wide>) -> Self {
+        let (x, g, ix, ig) = (self.value(), gain.value(), self.id(), gain.id());
         self.tape().record("rms_norm", &[self, gain], y, move |dy, grads| {
             let before = grads.taken(ix); // in models the residual stream's, and a pass over it is saved
             let [dx, dg] = B::rms_norm_grad(&x, &g, &inv_rms, &dy, before); // [.., d], [d]
@@ -55,4 +74,10 @@ impl<'t, B: Backend> Var<'t, B> {
             grads.add(ib, db);
         })
     }
+}
+
+#[track_caller]
+fn check_gain<B: Backend>(x: &Tensor<B>, g: &Tensor<B>) {
+    let (d, gs) = (x.cols(), g.shape());
+    assert!(gs.dims() == [d], "rms_norm: {} needs a gain of shape [{d}], not {gs}", x.shape());
 }

@@ -28,16 +28,16 @@ impl<'t, B: Backend> Var<'t, B> {
     /// If there is not one target per row, or one is not below v.
     #[track_caller]
     pub fn cross_entropy(self, targets: &[u32]) -> Self {
-        self.cross_entropy_wide(targets).0
+        self.cross_entropy_wide(targets, 1.0).0
     }
 
-    /// As [`Var::cross_entropy`], and the loss as it is before it is rounded to the tape's elements: from 2 to 4 nats, bf16
-    /// has steps of 1/64. The gradient does not see that rounding.
+    /// `share` times [`Var::cross_entropy`], for a part of a batch without another pass over the logits; and the loss itself, as it is
+    /// before it is rounded to the tape's elements: from 2 to 4 nats, bf16 has steps of 1/64. The gradient does not see that rounding.
     ///
     /// # Panics
     /// As [`Var::cross_entropy`].
     #[track_caller]
-    pub fn cross_entropy_wide(self, targets: &[u32]) -> (Self, Tensor<B::Wide>) {
+    pub fn cross_entropy_wide(self, targets: &[u32], share: f64) -> (Self, Tensor<B::Wide>) {
         let logits = self.value();
         assert!(
             targets.len() == logits.rows() && !targets.is_empty(),
@@ -47,8 +47,8 @@ impl<'t, B: Backend> Var<'t, B> {
             targets.len()
         );
         in_vocabulary("cross_entropy", "target", targets, logits.shape(), logits.cols());
-        let (loss, dlogits) = B::cross_entropy(&logits, targets); // [1], [.., v]
-        let (ix, rounded) = (self.id(), loss.cast(self.tape().device())); // [1]
+        let (loss, dlogits) = B::cross_entropy(&logits, targets, share); // [1], [.., v]
+        let (ix, rounded) = (self.id(), loss.scale(share).cast(self.tape().device())); // [1]
         let y = self.tape().record("cross_entropy", &[self], rounded, move |dy, grads| {
             // the loss is nearly always the end of the tape, where dy = 1 and a pass over the logits is saved
             let dy = dy.item();

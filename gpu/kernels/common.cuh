@@ -3,7 +3,7 @@
 // no directory of headers, and the simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
-// - Any number of threads in a block that is a multiple of 32, up to 1024 (attention: exactly its THREADS; rows: up to ROW_THREADS).
+// - Any number of threads in a block that is a multiple of 32, up to 256, or to what KERNEL_FOR says (attention: exactly its THREADS).
 // - Memory is read and written 16 bytes at a time, wherever rows allow: what a tensor's address is does not matter, since all begin at an
 //   allocation, aligned to 256 bytes. So it depends on shapes alone which thread has which elements.
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
@@ -19,6 +19,7 @@ typedef unsigned long long u64;
 #define PASTE(name, element) name##_##element
 #define NAME(name, element) PASTE(name, element)
 #define KERNEL(name) extern "C" __global__ void NAME(name, ELEMENT)
+#define KERNEL_FOR(threads, name) extern "C" __global__ void __launch_bounds__(threads) NAME(name, ELEMENT)
 #define INFINITE __int_as_float(0x7f800000)
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
@@ -43,18 +44,21 @@ struct Bf16 {
     }
 };
 
-// Two of them in a word, the first in its lower half, as they lie in memory.
+// Two bf16 in one register, the first in the lower half, as in memory.
 __device__ u32 bf16_pair(float first, float second) {
+    u32 pair;
 #if __CUDA_ARCH__ >= 800
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
 #else
-    Bf16 low, high;
-    low = first, high = second;
-    return low.bits | (u32)high.bits << 16;
+    Bf16 x, y;
+    x = first, y = second;
+    pair = x.bits | (u32)y.bits << 16;
 #endif
+    return pair;
 }
+
+__device__ float bf16_first(u32 pair) { return __int_as_float(pair << 16); }
+__device__ float bf16_second(u32 pair) { return __int_as_float(pair & 0xffff0000u); }
 
 // ---- several elements at a time
 
@@ -64,7 +68,7 @@ template <class U, u32 W> struct alignas(W * sizeof(U) < 16 ? W * sizeof(U) : 16
 
     __device__ float operator[](u32 j) const {
         if (sizeof(U) == 4) return __int_as_float(words[j]);
-        return __int_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+        return j % 2 ? bf16_second(words[j / 2]) : bf16_first(words[j / 2]);
     }
 };
 
@@ -113,37 +117,38 @@ template <u32 W, class F, class... E> __device__ void apply(F& f, E... elements)
 __device__ constexpr u32 least(u32 a) { return a; }
 template <class... N> __device__ constexpr u32 least(u32 a, u32 b, N... more) { return least(a < b ? a : b, more...); }
 
-// Which of the threads that share some elements this is, and how many they are: all of the grid's, or those of its blockIdx.x alone.
-struct Share {
-    u64 thread, threads;
-};
-__device__ Share of_all() { return {(u64)blockIdx.x * blockDim.x + threadIdx.x, (u64)gridDim.x * blockDim.x}; }
-__device__ Share of_term() { return {(u64)blockIdx.y * blockDim.x + threadIdx.x, (u64)gridDim.y * blockDim.x}; }
-
 // i over [0, n): each thread takes every so many elements, whatever the grid.
 #define FOR_EACH(i, n) \
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.x * blockDim.x)
 
-// f(element i of each tensor) for this share of all i < n. Tensors are `const U*`, whose elements f takes as float, or `U*`, whose elements f
+// One of the threads that share some work.
+struct Thread {
+    u64 number, count;
+};
+__device__ Thread thread_of_grid() {
+    return {(u64)blockIdx.x * blockDim.x + threadIdx.x, (u64)gridDim.x * blockDim.x};
+}
+
+// f(element i of each tensor) for all i < n. Tensors are `const U*`, whose elements f takes as float, or `U*`, whose elements f
 // sets, taking them as auto&; one that is both read and written comes as both. Two packs of each are on their way at a time.
-template <class F, class... P> __device__ void each(Share share, u64 n, F f, P*... p) {
+template <class F, class... P> __device__ void each(Thread thread, u64 n, F f, P*... p) {
     constexpr u32 W = least(16 / sizeof(P)...);
-    const u64 packs = n / W, threads = share.threads, thread = share.thread;
+    const u64 packs = n / W;
     auto g = [&](u32, auto&&... elements) { f(elements...); };
-    for (u64 k = thread; k < packs; k += 2 * threads) {
+    for (u64 k = thread.number; k < packs; k += 2 * thread.count) {
         auto first = [&](auto... a) {
-            if (k + threads < packs) {
+            if (k + thread.count < packs) {
                 auto second = [&](auto... b) { apply<W>(g, a...), apply<W>(g, b...); };
-                second(neighbours<W>(p, (k + threads) * W)...);
+                second(neighbours<W>(p, (k + thread.count) * W)...);
             } else {
                 apply<W>(g, a...);
             }
         };
         first(neighbours<W>(p, k * W)...);
     }
-    for (u64 i = packs * W + thread; i < n; i += threads) f(p[i]...); // the tail
+    for (u64 i = packs * W + thread.number; i < n; i += thread.count) f(p[i]...); // the tail
 }
-template <class F, class... P> __device__ void each(u64 n, F f, P*... p) { each(of_all(), n, f, p...); }
+template <class F, class... P> __device__ void each(u64 n, F f, P*... p) { each(thread_of_grid(), n, f, p...); }
 
 // ---- sums
 
@@ -181,10 +186,79 @@ __device__ float block_max(float v) {
     return v;
 }
 
-// ---- instructions of compute capability 8.0; a kernel that comes to one on an older GPU fails
+// ---- rows
 
-__device__ float bf16_first(u32 pair) { return __int_as_float(pair << 16); }
-__device__ float bf16_second(u32 pair) { return __int_as_float(pair & 0xffff0000u); }
+// A row of up to SHORT_ROW bytes has a warp, a longer one a block of up to ROW_THREADS threads. So has gpu/backend.rs.
+#define SHORT_ROW 4096u
+#define ROW_THREADS 512
+#define ROW_KERNEL(name) KERNEL_FOR(ROW_THREADS, name)
+
+// A row that is read once and then stays in registers, up to KEPT packs of it in each thread.
+template <class U, u32 KEPT> struct KeptRow {
+    static const u32 W = 16 / sizeof(U);
+    const U* x;
+    Pack<U, W> packs[KEPT];
+
+    __device__ const U& operator[](u32 c) const { return x[c]; }
+};
+// Pack k of this thread, which is at column c.
+template <bool KEEPS, u32 W, class U, u32 KEPT> __device__ Read<U, W> neighbours(const KeptRow<U, KEPT>& row, u32 k, u32 c) {
+    if (KEEPS) return {row.packs[k]};
+    return {load<W>(row.x + c)};
+}
+template <bool, u32 W, class U> __device__ auto neighbours(U* x, u32, u32 c) { return neighbours<W>(x, c); }
+
+// This thread's part in a row of d columns of U. `wide`: rows are whole packs; its packs are then number lane, lane + threads, …;
+// otherwise its columns are.
+template <class U, u32 KEPT = 8> struct Row {
+    static const u32 W = 16 / sizeof(U);
+    u64 number;
+    u32 d, lane, threads;
+    bool wide;
+
+    __device__ Row(u32 d) : number(blockIdx.x), d(d), lane(threadIdx.x), threads(blockDim.x), wide(d % W == 0) {
+        if (d <= SHORT_ROW / sizeof(U)) {
+            number = number * (threads / WARP) + lane / WARP;
+            lane %= WARP, threads = WARP;
+        }
+    }
+
+    template <class P> __device__ P* of(P* x) const { return x + number * d; }
+
+    __device__ KeptRow<U, KEPT> keep(const U* x) const {
+        KeptRow<U, KEPT> kept;
+        kept.x = x;
+        #pragma unroll
+        for (u32 k = 0; k < KEPT; k++) {
+            const u32 c = (k * threads + lane) * W;
+            if (wide && c < d) kept.packs[k] = load<W>(x + c);
+        }
+        return kept;
+    }
+
+    // f(c, element c of each row) for this thread's columns c. Rows as tensors in `each`, or KeptRow.
+    template <class F, class... P> __device__ void columns(F f, const P&... p) const {
+        if (!wide) {
+            for (u32 c = lane; c < d; c += threads) f(c, p[c]...);
+            return;
+        }
+        #pragma unroll
+        for (u32 k = 0; k < KEPT; k++) pack<true>(f, k, p...);
+        for (u32 k = KEPT; k * threads * W < d; k++) pack<false>(f, k, p...);
+    }
+
+    template <bool KEEPS, class F, class... P> __device__ void pack(F& f, u32 k, const P&... p) const {
+        const u32 c = (k * threads + lane) * W;
+        auto g = [&](u32 j, auto&&... elements) { f(c + j, elements...); };
+        if (c < d) apply<W>(g, neighbours<KEEPS, W>(p, k, c)...);
+    }
+
+    __device__ void wait() const { threads == WARP ? __syncwarp() : __syncthreads(); }
+    __device__ float sum(float v) const { return threads == WARP ? warp_sum(v) : block_sum(v); }
+    __device__ float max(float v) const { return threads == WARP ? warp_max(v) : block_max(v); }
+};
+
+// ---- instructions of compute capability 8.0; a kernel that comes to one on an older GPU fails
 
 #ifndef SIMULATOR // which has its own
 
@@ -214,8 +288,8 @@ template <u32 N> __device__ void copy_async(void* to, const void* from, bool the
 
 __device__ void wait_for_copies() { PTX("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8×8 matrices of bf16 in shared memory. Lane 8·i + j names row j of matrix i, 16 bytes; lane 4·g + t gets of each matrix
-// columns 2t and 2t + 1 of row g; transposed, rows 2t and 2t + 1 of column g.
+// Four 8×8 matrices of bf16 in shared memory. Lane 8·i + j names row j of matrix i, 16 bytes; lane 4·g + t gets of each matrix columns 2t
+// and 2t + 1 of row g; transposed, rows 2t and 2t + 1 of column g.
 __device__ void read_blocks(u32 (&x)[4], const void* row) {
     const u32 address = __cvta_generic_to_shared(row);
     PTX("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -245,77 +319,3 @@ __device__ void multiply_add(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1)
 }
 
 #endif
-
-// ---- rows
-
-// A row of up to SHORT_ROW bytes has a warp, a longer one a block of up to ROW_THREADS threads. So has gpu/backend.rs.
-#define SHORT_ROW 4096u
-#define ROW_THREADS 512
-#define ROW_KERNEL(name) extern "C" __global__ void __launch_bounds__(ROW_THREADS) NAME(name, ELEMENT)
-// Packs that a thread keeps of a row: all of it, up to 64 KiB.
-#define KEPT 8u
-
-// A row that is read once and then stays in registers, as far as it fits.
-template <class U> struct Kept {
-    static const u32 W = 16 / sizeof(U);
-    const U* x;
-    Pack<U, W> packs[KEPT];
-
-    __device__ const U& operator[](u32 c) const { return x[c]; }
-};
-// Pack k of this thread, which is at column c.
-template <bool KEEPS, u32 W, class U> __device__ Read<U, W> neighbours(const Kept<U>& row, u32 k, u32 c) {
-    if (KEEPS) return {row.packs[k]};
-    return {load<W>(row.x + c)};
-}
-template <bool, u32 W, class U> __device__ auto neighbours(U* x, u32, u32 c) { return neighbours<W>(x, c); }
-
-// This thread's part in a row of d columns of U. `wide`: rows are whole packs; its packs are then number lane, lane + threads, …;
-// otherwise its columns are.
-template <class U> struct Row {
-    static const u32 W = 16 / sizeof(U);
-    u64 number;
-    u32 d, lane, threads;
-    bool wide;
-
-    __device__ Row(u32 d) : number(blockIdx.x), d(d), lane(threadIdx.x), threads(blockDim.x), wide(d % W == 0) {
-        if (d <= SHORT_ROW / sizeof(U)) {
-            number = number * (threads / WARP) + lane / WARP;
-            lane %= WARP, threads = WARP;
-        }
-    }
-
-    template <class P> __device__ P* of(P* x) const { return x + number * d; }
-
-    __device__ Kept<U> keep(const U* x) const {
-        Kept<U> kept;
-        kept.x = x;
-        #pragma unroll
-        for (u32 k = 0; k < KEPT; k++) {
-            const u32 c = (k * threads + lane) * W;
-            if (wide && c < d) kept.packs[k] = load<W>(x + c);
-        }
-        return kept;
-    }
-
-    // f(c, element c of each row) for this thread's columns c. Rows as tensors in `each`, or Kept.
-    template <class F, class... P> __device__ void columns(F f, const P&... p) const {
-        if (!wide) {
-            for (u32 c = lane; c < d; c += threads) f(c, p[c]...);
-            return;
-        }
-        #pragma unroll
-        for (u32 k = 0; k < KEPT; k++) pack<true>(f, k, p...);
-        for (u32 k = KEPT; k * threads * W < d; k++) pack<false>(f, k, p...);
-    }
-
-    template <bool KEEPS, class F, class... P> __device__ void pack(F& f, u32 k, const P&... p) const {
-        const u32 c = (k * threads + lane) * W;
-        auto g = [&](u32 j, auto&&... elements) { f(c + j, elements...); };
-        if (c < d) apply<W>(g, neighbours<KEEPS, W>(p, k, c)...);
-    }
-
-    __device__ void wait() const { threads == WARP ? __syncwarp() : __syncthreads(); }
-    __device__ float sum(float v) const { return threads == WARP ? warp_sum(v) : block_sum(v); }
-    __device__ float max(float v) const { return threads == WARP ? warp_max(v) : block_max(v); }
-};

@@ -11,32 +11,36 @@ template <class X, class Y> struct Term {
     float alpha, beta;
     u64 n;
 };
+__device__ Thread thread_of_term() {
+    return {(u64)blockIdx.y * blockDim.x + threadIdx.x, (u64)gridDim.y * blockDim.x};
+}
 
 // Between bf16 and f32, the kernels of bf16; those of f32 copy.
 KERNEL(widen)(const Term<T, float>* terms) {
     const Term<T, float> t = terms[blockIdx.x];
-    each(of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
+    each(thread_of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
 }
 
 KERNEL(narrow)(const Term<float, T>* terms) {
     const Term<float, T> t = terms[blockIdx.x];
-    each(of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
+    each(thread_of_term(), t.n, [](float x, auto& y) { y = x; }, t.x, t.y);
 }
 
 // y ← alpha·x + beta·y; y is not read if beta is 0.
-__device__ void sum_of(Share share, float alpha, const T* x, float beta, T* y, u64 n) {
+__device__ void add_scaled(Thread thread, float alpha, const T* x, float beta, T* y, u64 n) {
     if (beta == 0.0f) {
-        each(share, n, [=](float x, auto& y) { y = alpha * x; }, x, y);
+        each(thread, n, [=](float x, auto& y) { y = alpha * x; }, x, y);
     } else {
-        each(share, n, [=](float x, float before, auto& y) { y = alpha * x + beta * before; }, x, (const T*)y, y);
+        each(thread, n, [=](float x, float before, auto& y) { y = alpha * x + beta * before; }, x, (const T*)y, y);
     }
 }
 
-KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) { sum_of(of_all(), alpha, x, beta, y, n); }
+KERNEL(axpby)(float alpha, const T* x, float beta, T* y, u64 n) { add_scaled(thread_of_grid(), alpha, x, beta, y, n); }
 
+// The same for each term of a batch.
 KERNEL(axpby_each)(const Term<T, T>* terms) {
     const Term<T, T> t = terms[blockIdx.x];
-    sum_of(of_term(), t.alpha, t.x, t.beta, t.y, t.n);
+    add_scaled(thread_of_term(), t.alpha, t.x, t.beta, t.y, t.n);
 }
 
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -11,7 +11,7 @@ __device__ float power(float x) { return exp2f(x * 1.44269504f); }
 struct Exponentials {
     float total, top;
 };
-__device__ Exponentials exponentials(const Row<T>& at, const Kept<T>& x) {
+template <class X> __device__ Exponentials exponentials(const Row<T>& at, const X& x) {
     float top = -INFINITE, total = 0.0f;
     at.columns([&](u32, float x) { top = fmaxf(top, x); }, x);
     top = at.max(top);
@@ -22,7 +22,7 @@ __device__ Exponentials exponentials(const Row<T>& at, const Kept<T>& x) {
 ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
     const float scale = 1.0f / e.total;
     at.columns([=](u32, float x, auto& y) { y = power(x - e.top) * scale; }, row, at.of(y));
@@ -31,35 +31,42 @@ ROW_KERNEL(softmax)(const T* x, T* y, u64 n, u32 d) {
 ROW_KERNEL(softmax_grad)(const T* y, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
+    const auto row = at.keep(at.of(y)), drow = at.keep(at.of(dy));
     float mean = 0.0f;
     at.columns([&](u32, float y, float dy) { mean += y * dy; }, row, drow);
     mean = at.sum(mean);
     at.columns([=](u32, float y, float dy, auto& dx) { dx = y * (dy - mean); }, row, drow, at.of(dx));
 }
 
-// ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = (softmax(x) − onehot(target)) / n
+// ---- cross_entropy: loss of a row = ln Σ eˣ − x[target]; dx = weight·(softmax(x) − onehot(target))
 
-ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u64 n, u32 d, float inv_n) {
+ROW_KERNEL(cross_entropy)(const T* x, const u32* targets, T* dx, double* losses, u64 n, u32 d, float weight) {
     const Row<T> at(d);
     if (at.number >= n) return;
     const u32 target = targets[at.number];
-    const Kept<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     const Exponentials e = exponentials(at, row);
-    const float scale = inv_n / e.total;
+    const float scale = weight / e.total;
     auto f = [=](float x) { return power(x - e.top) * scale; };
     at.columns([=](u32, float x, auto& dx) { dx = f(x); }, row, at.of(dx));
     at.wait(); // the target's column is written
     if (at.lane == 0) {
-        at.of(dx)[target] = f(row[target]) - inv_n;
+        at.of(dx)[target] = f(row[target]) - weight;
         losses[at.number] = log((double)e.total) - (row[target] - e.top);
     }
 }
 
 // The mean of n losses. One block.
-KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
+KERNEL_FOR(1024, mean_loss)(const double* losses, float* mean, u32 n) {
+    const u32 ahead = 8; // that many are on their way
     double sum = 0.0;
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x) sum += losses[i];
+    for (u32 i = threadIdx.x; i < n; i += ahead * blockDim.x) {
+        double some[ahead];
+        #pragma unroll
+        for (u32 a = 0; a < ahead; a++) some[a] = i + a * blockDim.x < n ? losses[i + a * blockDim.x] : 0.0;
+        #pragma unroll
+        for (u32 a = 0; a < ahead; a++) sum += some[a];
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) *mean = (float)(sum / n);
 }
@@ -67,43 +74,50 @@ KERNEL(mean_loss)(const double* losses, float* mean, u32 n) {
 // ---- rms_norm: y = g ∘ x·s, s = 1/√(mean x² + eps)
 //      dx = s·(g∘dy) − x·s³·mean(x ∘ g∘dy); dg = Σ_rows dy ∘ x·s
 
-ROW_KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u64 n, u32 d, float eps) {
-    const Row<T> at(d);
-    if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+__device__ void rms_norm_of(const Row<T>& at, const T* x, const T* g, T* y, float* inv_rms, float eps) {
+    const auto row = at.keep(at.of(x));
     float squares = 0.0f;
     at.columns([&](u32, float x) { squares += x * x; }, row);
-    const float s = 1.0f / sqrtf(at.sum(squares) / d + eps);
+    const float s = 1.0f / sqrtf(at.sum(squares) / at.d + eps);
     if (at.lane == 0) inv_rms[at.number] = s;
     at.columns([=](u32, float x, float g, auto& y) { y = g * x * s; }, row, g, at.of(y));
 }
 
+ROW_KERNEL(rms_norm)(const T* x, const T* g, T* y, float* inv_rms, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number < n) rms_norm_of(at, x, g, y, inv_rms, eps);
+}
+
+// sum = x + r, and of that as it is stored y. Who has added a column reads it back, out of the cache.
+ROW_KERNEL(add_rms_norm)(const T* x, const T* r, const T* g, T* sum, T* y, float* inv_rms, u64 n, u32 d, float eps) {
+    const Row<T> at(d);
+    if (at.number >= n) return;
+    at.columns([](u32, float x, float r, auto& sum) { sum = x + r; }, at.keep(at.of(x)), at.keep(at.of(r)), at.of(sum));
+    rms_norm_of(at, sum, g, y, inv_rms, eps);
+}
+
 // A block takes `chunk` rows. dx, or if `adds` what is there and dx; and the block's part of dg, its row of sums [blocks, d]. Each of
 // the rows that it takes side by side has its own part of dg in shared memory, d floats; whose thread a column is adds to it.
-ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
-    Row<T> at(d);
+KERNEL_FOR(128, rms_norm_grad)
+(const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
+    Row<T, 6> at(d); // more of three rows at a time would take the registers of another block
     DYNAMIC_SHARED(parts);
     const u32 sides = blockDim.x / at.threads, side = threadIdx.x / at.threads;
     float* part = parts + side * d;
     at.columns([](u32, auto& part) { part = 0.0f; }, part);
     const u64 end = (blockIdx.x + 1ull) * chunk;
     for (at.number = (u64)blockIdx.x * chunk + side; at.number < end && at.number < n; at.number += sides) {
-        const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const auto row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+        const auto before = at.keep(at.of(adds ? dx : dy)); // there is always something to read
         const float s = inv_rms[at.number];
         float along = 0.0f;
         at.columns([&](u32, float x, float g, float dy) { along += x * (g * dy); }, row, g, drow);
         const float pull = at.sum(along) / d * s * s * s;
         auto f = [=](u32, float x, float g, float dy, float before, float sum, auto& dx, auto& part) {
-            dx = before + (g * dy * s - x * pull);
+            dx = (adds ? before : 0.0f) + (g * dy * s - x * pull);
             part = sum + dy * x * s;
         };
-        auto from_zero = [=](u32 c, float x, float g, float dy, float sum, auto& dx, auto& part) {
-            f(c, x, g, dy, 0.0f, sum, dx, part);
-        };
-        T* out = at.of(dx);
-        const float* sum = part;
-        if (adds) at.columns(f, row, g, drow, (const T*)out, sum, out, part);
-        else at.columns(from_zero, row, g, drow, sum, out, part);
+        at.columns(f, row, g, drow, before, (const float*)part, at.of(dx), part);
     }
     __syncthreads(); // all parts are whole
     for (u32 c = threadIdx.x; c < d; c += blockDim.x) {
@@ -119,7 +133,7 @@ ROW_KERNEL(rms_norm_grad)(const T* x, const T* g, const float* inv_rms, const T*
 ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u64 n, u32 d, float eps) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x));
+    const auto row = at.keep(at.of(x));
     float sum = 0.0f, squares = 0.0f;
     at.columns([&](u32, float x) { sum += x; }, row);
     const float mean = at.sum(sum) / d;
@@ -133,7 +147,7 @@ ROW_KERNEL(layer_norm)(const T* x, const T* g, const T* b, T* y, float* stats, u
 ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T* dy, T* dx, u64 n, u32 d) {
     const Row<T> at(d);
     if (at.number >= n) return;
-    const Kept<T> row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
+    const auto row = at.keep(at.of(x)), drow = at.keep(at.of(dy));
     const float mean = stats[2 * at.number], s = stats[2 * at.number + 1];
     float sum = 0.0f, along = 0.0f;
     auto f = [&](u32, float x, float g, float dy) {
@@ -154,10 +168,11 @@ ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T*
 
 // Σ of term(row, its elements of the tensors x at one column) over the rows first … end − 1. A block has the columns of 32 packs, those
 // with number `strip`; each of its warps takes every so many rows, and the warps are added in their order. row_of: which row of x a row is.
-template <class Term, class RowOf, class Y, class... X>
+// A block has up to MOST threads.
+template <u32 MOST, class Term, class RowOf, class Y, class... X>
 __device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first, u64 end, u32 d, const X*... x) {
     const u32 W = 16 / sizeof(T);
-    __shared__ float parts[W][1024];
+    __shared__ float parts[W][MOST];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, base = strip * WARP * W;
     const bool wide = d % W == 0;
     auto column = [=](u32 j) { return base + (wide ? lane * W + j : j * WARP + lane); };
@@ -199,26 +214,27 @@ __device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first,
 }
 
 // Those of the chunk that is blockIdx.y.
-template <class Term, class... X> __device__ void chunk_sums(Term term, float* y, u64 n, u32 d, u32 chunk, const X*... x) {
+template <u32 MOST, class Term, class... X>
+__device__ void chunk_sums(Term term, float* y, u64 n, u32 d, u32 chunk, const X*... x) {
     const u64 first = (u64)blockIdx.y * chunk, end = first + chunk < n ? first + chunk : n;
-    column_sums(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
+    column_sums<MOST>(term, [](u64 row) { return row; }, y + (u64)blockIdx.y * d, blockIdx.x, first, end, d, x...);
 }
 
-KERNEL(sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
-    chunk_sums([](u64, float x) { return x; }, y, n, d, chunk, x);
+KERNEL_FOR(1024, sum_rows)(const T* x, float* y, u64 n, u32 d, u32 chunk) {
+    chunk_sums<1024>([](u64, float x) { return x; }, y, n, d, chunk, x);
 }
 
 KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u64 n, u32 d, u32 chunk) {
     auto term = [=](u64 row, float x, float dy) { return dy * (x - stats[2 * row]) * stats[2 * row + 1]; };
-    chunk_sums(term, y, n, d, chunk, x, dy);
+    chunk_sums<256>(term, y, n, d, chunk, x, dy);
 }
 
 // Row id of the table receives the rows of dy where that id stood. One blockIdx.x for each id that occurs: the host has sorted the
 // positions by id, and those of occurrence k are order[starts[k]] … order[starts[k + 1] − 1].
-KERNEL(embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
+KERNEL_FOR(128, embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
     const u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
     T* y = dtable + (u64)ids[order[first]] * d;
-    column_sums([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
+    column_sums<128>([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
 }
 
 // ---- sums over everything: of each tensor of a batch, one f64 for each of its parts [tensors, parts of the largest], then the sum of
@@ -229,8 +245,7 @@ struct Whole {
     u64 n, parts;
 };
 
-// Σ of term(x) over this block's part of a tensor.
-template <class Term> __device__ void part_sum(Term term, const Whole& whole, double* parts) {
+template <class Term> __device__ void part_sum(const Whole& whole, Term term, double* parts) {
     if (blockIdx.y >= whole.parts) return; // the whole block
     const u32 W = 16 / sizeof(T);
     const u64 packs = whole.n / W, threads = whole.parts * blockDim.x, thread = (u64)blockIdx.y * blockDim.x + threadIdx.x;
@@ -254,17 +269,17 @@ template <class Term> __device__ void part_sum(Term term, const Whole& whole, do
 }
 
 KERNEL(sum)(const Whole* all, double* parts) {
-    part_sum([](float x) { return (double)x; }, all[blockIdx.x], parts);
+    part_sum(all[blockIdx.x], [](float x) { return (double)x; }, parts);
 }
 
 KERNEL(sum_squares)(const Whole* all, double* parts) {
-    part_sum([](float x) { return (double)x * x; }, all[blockIdx.x], parts);
+    part_sum(all[blockIdx.x], [](float x) { return (double)x * x; }, parts);
 }
 
 // One block for each tensor; `most` parts of the largest.
 KERNEL(sum_parts)(const Whole* all, const double* parts, double* sums, u32 most) {
     double sum = 0.0;
-    for (u32 i = threadIdx.x; i < all[blockIdx.x].parts; i += blockDim.x) sum += parts[(u64)blockIdx.x * most + i];
+    for (u64 i = threadIdx.x; i < all[blockIdx.x].parts; i += blockDim.x) sum += parts[(u64)blockIdx.x * most + i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }

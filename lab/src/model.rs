@@ -227,21 +227,28 @@ impl<B: Backend> Model<B> {
         mut attend: impl FnMut(usize, [Var<'t, C>; 3]) -> Var<'t, C>,
     ) -> Var<'t, C> {
         let guides = &self.guides[..];
-        let add = |x: Var<'t, C>, y: Var<'t, C>| {
-            let sum = x + y; // [N, d]
+        // x + y, which is added only here, since that costs no pass over x of its own; and its norm
+        let add_norm = |x: Var<'t, C>, y: Option<Var<'t, C>>, gain: Dense| {
+            let Some(y) = y else { return (x, x.rms_norm(w[gain], self.norm_eps)) }; // [N, d] × 2
+            let both = x.add_rms_norm(y, w[gain], self.norm_eps); // [N, d] × 2
             y.forget(); // no derivative needs it
-            sum
+            both
         };
-        let mut x = w[self.embedding].embedding(tokens); // [N, d]
+        let (mut x, mut y) = (w[self.embedding].embedding(tokens), None); // [N, d], and what is still to be added to it [N, d]
         for (i, block) in self.blocks.iter().enumerate() {
-            let h = x.rms_norm(w[block.attention_norm], self.norm_eps); // [N, d]
+            let h; // [N, d]
+            (x, h) = add_norm(x, y, block.attention_norm);
             let qkv = [block.q, block.k, block.v].map(|linear| linear.apply(w, h, guides)); // [N, heads·h], [N, kv_heads·h] × 2
-            x = add(x, block.o.apply(w, attend(i, qkv), guides)); // [N, d]
-            let h = x.rms_norm(w[block.ffn_norm], self.norm_eps); // [N, d]
+            let o = block.o.apply(w, attend(i, qkv), guides); // [N, d]
+            let h; // [N, d]
+            (x, h) = add_norm(x, Some(o), block.ffn_norm);
             let f = block.gate.apply(w, h, guides).swiglu(block.up.apply(w, h, guides)); // [N, f]
-            x = add(x, block.down.apply(w, f, guides)); // [N, d]
+            y = Some(block.down.apply(w, f, guides)); // [N, d]
         }
-        x
+        let Some(y) = y else { return x };
+        let sum = x + y; // [N, d]
+        y.forget();
+        sum
     }
 
     /// Logits [N, v] from the residual stream [N, d].
@@ -249,15 +256,17 @@ impl<B: Backend> Model<B> {
         x.rms_norm(w[self.norm], self.norm_eps).linear(w[self.head]) // [N, v]
     }
 
-    /// Mean cross-entropy in nats per token \[1\], on the tape and as it is before it is rounded to the tape's elements.
+    /// `share` times the mean cross-entropy on the tape \[1\], and the mean itself, in nats per token, as it is before it is rounded to
+    /// the tape's elements \[1\].
     pub fn loss<'t, C: Backend<Wide = B::Wide>>(
         &self,
         w: &ParamVars<'t, C>,
         tokens: &[u32],
         targets: &[u32],
         batch: usize,
+        share: f64,
     ) -> (Var<'t, C>, Tensor<B::Wide>) {
-        self.logits(w, tokens, batch).cross_entropy_wide(targets)
+        self.logits(w, tokens, batch).cross_entropy_wide(targets, share)
     }
     /// As [`Model::logits`], without keeping anything for a gradient: what others are compared with.
     #[cfg(test)]

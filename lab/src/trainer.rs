@@ -150,9 +150,8 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
         let tape = if timed { Tape::timed(device) } else { Tape::new(device) };
         let w = params.on(&tape);
         let (inputs, targets) = (&batch.inputs[tokens.clone()], &batch.targets[tokens]);
-        let (mean, exact) = model.loss(&w, inputs, targets, rows.len()); // [1], [1]
         let share = share * rows.len() as f64 / batch.rows as f64;
-        let part = mean.scale(share); // [1]
+        let (part, exact) = model.loss(&w, inputs, targets, rows.len(), share); // [1], [1]
         forward += start.elapsed();
 
         let start = Instant::now();
@@ -162,7 +161,7 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
         backward += start.elapsed();
         if !value.is_finite() {
             let tape = Tape::keeping(device); // once more, to see all values
-            model.loss(&params.on(&tape), inputs, targets, rows.len()); // [1]
+            model.loss(&params.on(&tape), inputs, targets, rows.len(), share); // [1]
             return Err(tape.first_non_finite());
         }
         loss += value;
@@ -434,7 +433,7 @@ fn sum_of_losses<B: Backend>(
     for b in batches {
         let tape = Tape::new(params.values.dense[0].device());
         let w = params.constants_on(&tape);
-        let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows); // [1]
+        let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows, 1.0); // [1]
         sum += loss.item() * b.inputs.len() as f64;
         tokens += b.inputs.len() as u64;
     }

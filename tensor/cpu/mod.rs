@@ -316,8 +316,9 @@ impl<T: Scalar> Backend for Cpu<T> {
     ) -> [Tensor<Self>; 3] {
         attention::attention_grad(qkv, o, lse, dout, how)
     }
-    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32]) -> (Tensor<Self>, Tensor<Self>) {
-        rows::cross_entropy(logits, targets)
+    fn cross_entropy(logits: &Tensor<Self>, targets: &[u32], share: f64) -> (Tensor<Self>, Tensor<Self>) {
+        let (loss, dx) = rows::cross_entropy(logits, targets); // [1], [n, v]
+        (loss, if share == 1.0 { dx } else { dx.scale(share) })
     }
 
     fn adamw(
