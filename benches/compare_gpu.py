@@ -17,6 +17,7 @@ DIR gets results.jsonl, a line per round as it ends, table.md, and what each pro
 import argparse
 from datetime import datetime, timezone
 import json
+from math import log
 import os
 from pathlib import Path
 import queue
@@ -174,6 +175,9 @@ def get_ready(args, cases: list) -> dict:
             tell(f"{process.name}: failed: {process.failed}")
         elif reply:
             took = f", {reply['prepare_seconds']:.1f} s" if "prepare_seconds" in reply else ""
+            loss = reply.get("losses", [log(args.vocab)])[0]
+            if not abs(loss / log(args.vocab) - 1) < 0.05:  # of small random weights, whatever the tokens
+                case.without[f"{way}'s loss"] = f"{loss:.4f} before the first step, not about ln V = {log(args.vocab):.4f}"
             tell(f"{process.name}: {what}{took}")
         return bool(process.failed or reply)
 

@@ -6,12 +6,17 @@
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 has_torch() { "$1" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; }
+has_gpu() {
+    python3 -c 'import ctypes, sys; c = ctypes.CDLL("libcuda.so.1"); n = ctypes.c_int()
+sys.exit(c.cuInit(0) or c.cuDeviceGetCount(ctypes.byref(n)) or n.value < 1)' 2>/dev/null
+}
+case " $* " in
+*" -h "* | *" --help "*) exec python3 -B "$here/compare_gpu.py" --help ;;
+*" --device cpu "* | *" --device=cpu "*) ;;
+*) has_gpu || { echo "compare_gpu: no NVIDIA GPU here, or no driver (libcuda.so.1) that finds it" >&2; exit 1; } ;;
+esac
 python=${RANKGRAD_PYTHON:-python3}
 if ! has_torch "$python"; then
-    case " $* " in
-    *" --device cpu "* | *" --device=cpu "* | *" -h "* | *" --help "*) ;;
-    *) nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "compare_gpu: nvidia-smi finds no NVIDIA GPU here" >&2; exit 1; } ;;
-    esac
     venv=${RANKGRAD_VENV:-$here/.venv}
     python=$venv/bin/python
     if ! has_torch "$python"; then
