@@ -54,8 +54,9 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     }
     let opened = device::open(args.on.device, config.precision)?;
     if args.rounds {
-        return crate::pool(config.threads)?
-            .install(|| on_device!(opened, |device, compute| in_turn(&device, compute, &config, args.steps)));
+        return crate::pool(config.threads)?.install(|| {
+            on_device!(opened, |device, compute| in_turn(&device, compute, &config, args.steps))
+        });
     }
     let (report, times) = crate::pool(config.threads)?.install(|| {
         on_device!(opened, |device, compute| measure(&device, compute, &config, args.steps, args.profile))

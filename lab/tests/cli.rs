@@ -210,7 +210,8 @@ fn text_is_generated_in_every_way() {
 fn bench_takes_its_steps_once_for_each_line_it_is_given() {
     use std::io::Write;
     use std::process::Stdio;
-    let line = "bench --rounds --steps 2 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 3 --accumulate 2";
+    let line =
+        "bench --rounds --steps 2 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 3 --accumulate 2";
     let mut child = Desk::new().command(line).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"1\n\n").unwrap();
     let output = child.wait_with_output().unwrap();
