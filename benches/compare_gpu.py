@@ -159,11 +159,8 @@ def get_ready(args, cases: list) -> dict:
     asks = Process("machine", asks, args.out / "machine.log", {})
     args.all.append(asks)
     waiting = {way: [(case, way) for case in cases if way in args.ways] for way in WAYS}
-    loading = []  # PyTorch, all at once: while the machine is asked
-    for case, way in waiting["compiled"] + waiting["eager"]:  # the longer first
-        case.processes[way] = start(args, case, way)
-        args.all.append(case.processes[way])
-        loading.append((case, way))
+    later = waiting["compiled"] + waiting["eager"]  # the longer first
+    loading = []  # all at once, while the machine is asked, but not before its files have been read from the disk once
     own = waiting["rankgrad"]  # one after another, each by itself uses all cores
     begun = None
     about, loaded, preparing = {}, [], []
@@ -183,7 +180,13 @@ def get_ready(args, cases: list) -> dict:
 
     while not about or own or begun or loading or loaded or preparing:
         if not about:
-            if told := asks.answer(0):
+            told = asks.answer(0)
+            if told and "imported" in told:
+                for case, way in later:
+                    case.processes[way] = start(args, case, way)
+                    args.all.append(case.processes[way])
+                loading, later = later, []
+            elif told:
                 about = told
                 args.record({"machine": about})
                 tell(json.dumps(about))
@@ -213,7 +216,7 @@ def get_ready(args, cases: list) -> dict:
             if over(case, way, case.processes[way].answer(0), "ready"):
                 preparing.remove((case, way))
         if elapsed() > args.prepare:
-            late = own + loading + loaded + preparing + ([begun] if begun else [])
+            late = own + later + loading + loaded + preparing + ([begun] if begun else [])
             for case, way in late:
                 case.without[way] = f"not ready after {args.prepare:.0f} s"
                 tell(f"{case.name}, {way}: {case.without[way]}")

@@ -237,7 +237,7 @@ def machine(args) -> dict:
 # ---- talking
 
 def main():
-    """--machine: one object. Otherwise one when the model is there, and then one for each line of stdin, {"do": "prepare", "attention":
+    """--machine: one object when PyTorch is there, one of what was found. Otherwise one when the model is there, and then one for each line of stdin, {"do": "prepare", "attention":
     KERNEL} or {"do": "measure", "untimed": n, "steps": n}."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--machine", action="store_true")
@@ -260,6 +260,7 @@ def main():
     # what autocast leaves in f32 (here the power iteration) may take TF32, as is usual
     torch.set_float32_matmul_precision("high" if args.precision == "bf16" else "highest")
     if args.machine:
+        say({"imported": True})
         return say(machine(args))
     way = Way(args)
     say({"loaded": True})
