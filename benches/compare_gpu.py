@@ -129,8 +129,9 @@ def sizes(args, case: Case) -> list:
 
 def command(args, case: Case, way: str) -> list:
     if way == "rankgrad":
+        precision = "bf16-newton-schulz" if args.precision == "bf16" else args.precision  # as in PyTorch
         return [args.rankgrad, "bench", "--rounds", "--steps", args.steps, "--preset", "mid", "--device", args.device, "--precision",
-                args.precision, "--method", case.method, "--rank-ratio", args.ratio, *sizes(args, case)]
+                precision, "--method", case.method, "--rank-ratio", args.ratio, *sizes(args, case)]
     return [sys.executable, "-B", HERE / "torch_gpu.py", "--way", way, "--device", args.device, "--precision", args.precision,
             "--method", case.method, "--ratio", args.ratio, *sizes(args, case),
             *(["--compile-optimizer"] if args.compile_optimizer else [])]

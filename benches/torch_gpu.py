@@ -5,7 +5,7 @@ The decoder is that of torch_model.py, with these differences, all in favour of 
 - autocast to bf16, and the residual stream, the rotary tables and the norms' results in bf16 too; weights, their gradients and the
   optimizer in f32;
 - attention by the library's fused kernel that was the faster one on this GPU (flash or cuDNN);
-- Newton–Schulz in bf16, as is usual for Muon (rankgrad's is in f32); fused AdamW;
+- Newton–Schulz in bf16, as is usual for Muon, and as rankgrad is told to; fused AdamW;
 - the tokens of a micro-batch go to the GPU from pinned memory while it computes, and the loss is read once per step.
 Compiled is the model with its loss, by torch.compile's default mode; with --compile-optimizer the step of Spectron or Muon too.
 B sequences, T tokens each, d width, H heads, hd = d/H, r rank, n matrices of one shape, N micro-batches of a step.
