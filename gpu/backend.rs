@@ -109,8 +109,8 @@ impl<T: OnGpu> Cuda<T> {
     /// Elements of 16 bytes, which kernels load and store at once.
     const PACK: usize = 16 / size_of::<T>();
 
-    /// Threads of a block, and how many rows of `d` columns it takes side by side. As gpu/kernels/common.cuh has it: a warp for each row of
-    /// up to 4 KiB, otherwise a block.
+    /// Threads of a block, and how many rows of `d` columns it takes side by side. As gpu/kernels/common.cuh has it: a warp for each
+    /// row of up to 4 KiB, otherwise a block.
     fn sides(d: usize) -> (u32, usize) {
         match d * size_of::<T>() {
             0..=4096 => (128, 4),
@@ -146,7 +146,8 @@ impl<T: OnGpu> Cuda<T> {
         let (chunks, d) = (sums.rows(), sums.cols());
         if chunks != 1 {
             // SAFETY: (x, …)
-            sums = unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks.max(1), 1024, args![&sums]) }; // [1, d]
+            sums =
+                unsafe { self.wide().chunk_sums("sum_rows", [chunks, d], chunks.max(1), 1024, args![&sums]) }; // [1, d]
         }
         sums.reshape([d]).cast(self) // [d]
     }
@@ -530,7 +531,8 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let chunk = n.div_ceil(512).max(sides); // all blocks at once, each long enough that its sums are few
         let blocks = n.div_ceil(chunk);
         let mut sums = Tensor::scratch(&device.wide(), [blocks, d]); // [blocks, d]
-        let args = args![x, g, inv_rms, dy, &mut dx, &mut sums, n as u64, int(d), int(chunk), u32::from(adds)];
+        let args =
+            args![x, g, inv_rms, dy, &mut dx, &mut sums, n as u64, int(d), int(chunk), u32::from(adds)];
         let launch = Launch {
             kernel: "rms_norm_grad",
             element: T::TYPE,
@@ -575,7 +577,9 @@ impl<T: OnGpu> Backend for Cuda<T> {
         assert!(g.len() == d && stats.len() == 2 * n, "layer_norm_grad: {} and {}", g.shape(), stats.shape());
         let mut dx = Tensor::scratch(x.device(), x.shape()); // [n, d]
         // SAFETY: (x, g, stats, dy, dx, n, d)
-        unsafe { x.device().rows("layer_norm_grad", [n, d], args![x, g, stats, dy, &mut dx, n as u64, int(d)]) };
+        unsafe {
+            x.device().rows("layer_norm_grad", [n, d], args![x, g, stats, dy, &mut dx, n as u64, int(d)])
+        };
         // SAFETY: (x, stats, dy, …)
         let dg = unsafe { x.device().column_sums("layer_norm_gain", [n, d], args![x, stats, dy]) }; // [d]
         [dx, dg, Self::sum_rows(dy)]
