@@ -333,6 +333,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
     type Elem = T;
     type Buffer = Buffer;
     type Wide = Cuda<f32>;
+    type Narrow = Cuda<Bf16>;
 
     fn upload(&self, host: Vec<T>) -> Buffer {
         Buffer(self.stage(&host))
@@ -350,6 +351,9 @@ impl<T: OnGpu> Backend for Cuda<T> {
         buffer
     }
     fn wide(&self) -> Cuda<f32> {
+        self.with_elements()
+    }
+    fn narrower(&self) -> Cuda<Bf16> {
         self.with_elements()
     }
     fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Cuda<f32>>> {

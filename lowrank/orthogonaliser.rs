@@ -8,7 +8,7 @@ use super::pair::{from_nalgebra, to_nalgebra};
 use super::quintic::{bounds, flops, odd_quintic};
 use super::svd::svd;
 use super::{NewtonSchulz, Space};
-use crate::tensor::{Backend, Tensor, same_shape};
+use crate::tensor::{Backend, Bf16, Element, Tensor, cast_all, same_shape};
 use rayon::prelude::*;
 
 /// How M becomes O.
@@ -54,7 +54,15 @@ impl Orthogonaliser {
     pub fn apply<B: Backend>(&self, batch: &[&Tensor<B>]) -> Vec<Tensor<B>> {
         match *self {
             Self::NewtonSchulz(NewtonSchulz { space, .. }) | Self::PolarExpress { space, .. } => {
-                iterate(batch, &self.coefficients(), space)
+                match (space, batch.first()) {
+                    (Space::Bf16, Some(first)) => {
+                        let narrow = cast_all(batch, &first.device().narrower()); // [p, q] each
+                        let narrow: Vec<_> = narrow.iter().collect();
+                        let os = iterate(&narrow, &self.coefficients(), Space::Plain); // [p, q] each
+                        cast_all(&os.iter().collect::<Vec<_>>(), first.device()) // [p, q] each
+                    }
+                    _ => iterate(batch, &self.coefficients(), space),
+                }
             }
             Self::PolarFactor => polar_factors(batch),
         }
@@ -92,7 +100,19 @@ impl Orthogonaliser {
     pub fn rounding(&self, u: f64, r: usize) -> f64 {
         match self {
             Self::PolarFactor => 10.0 * r as f64 * u,
-            _ => 10.0 * u * bounds(&self.coefficients()).1.max(1.0),
+            _ => 10.0 * u.max(self.unit_roundoff()) * bounds(&self.coefficients()).1.max(1.0),
+        }
+    }
+
+    /// That of what it computes in, if it may be coarser than what it is given.
+    fn unit_roundoff(&self) -> f64 {
+        match *self {
+            Self::NewtonSchulz(NewtonSchulz { space, .. }) | Self::PolarExpress { space, .. }
+                if space == Space::Bf16 =>
+            {
+                Bf16::UNIT_ROUNDOFF
+            }
+            _ => 0.0,
         }
     }
 

@@ -42,7 +42,7 @@ pub(super) fn groups<'a>(
     q: usize,
 ) -> Vec<&'a [[f64; 3]]> {
     let each = schedule.chunks(1).collect(); // a restart in every step: the plain form
-    if space == Space::Plain {
+    if space != Space::Gram {
         return each;
     }
     let mut groups: Vec<&'a [[f64; 3]]> = Vec::new();

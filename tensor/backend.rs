@@ -15,6 +15,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// The same device computing in at least f32: for what must not be rounded to fewer bits, which are statistics of rows,
     /// losses, and weights in training. Itself, if it does.
     type Wide: Backend<Wide = Self::Wide>;
+    /// The same device computing in bf16, for what need not be exact; itself, if it cannot.
+    type Narrow: Backend<Wide = Self::Wide>;
     /// A chain of batched products is run on so many bytes of the batch at a time; unlimited where a batch is one launch.
     const WORKING_SET: usize = usize::MAX;
 
@@ -28,6 +30,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn filled(&self, len: usize, value: f64) -> Self::Buffer;
     /// This device as `Wide`.
     fn wide(&self) -> Self::Wide;
+    /// This device as `Narrow`.
+    fn narrower(&self) -> Self::Narrow;
     /// The same elements in `Wide`; no copies where that is `Self`.
     fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Self::Wide>>;
     /// Rounds to this backend's elements; no copies where they are `Wide`'s.

@@ -251,7 +251,7 @@ int cublasLtMatmul(const void*, const Product* product, const float* alpha, cons
 int nvrtcVersion(int* major, int* minor) { return *major = 0, *minor = 1, 0; }
 int nvrtcCreateProgram(const void** program, const char*, const char*, int, const void*, const void*) { return *program = "", 0; }
 int nvrtcCompileProgram(const void*, int count, const char* const* options) {
-    return count < 1 || strcmp(options[0], "--gpu-architecture=sm_90");
+    return count < 1 || options[0] != "--gpu-architecture=sm_" + std::to_string(10 * MAJOR);
 }
 int nvrtcGetCUBINSize(const void*, size_t* size) { return *size = 5, 0; }
 int nvrtcGetCUBIN(const void*, char* image) { return memcpy(image, "image", 5), 0; }

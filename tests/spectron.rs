@@ -43,7 +43,7 @@ fn mapped(how: NewtonSchulz, x: f64) -> f64 {
 fn check_newton_schulz<T: Scalar>(m: &DMatrix<f64>, scale: f64, how: NewtonSchulz) -> f64 {
     let other = match how.space {
         Space::Plain => Space::Gram,
-        Space::Gram => Space::Plain,
+        Space::Gram | Space::Bf16 => Space::Plain,
     };
     let spaces = [how, NewtonSchulz { space: other, ..how }];
     let errors = spaces.map(|how| {

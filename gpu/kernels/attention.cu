@@ -1,6 +1,6 @@
 // Softmax attention, forward and backward, tile by tile: scores exist for one tile of queries and one of keys at a time. Only the
 // log-sum-exp of each query is kept; the backward recomputes probabilities from it (Dao et al. 2022, arXiv 2205.14135).
-// On the ordinary cores, in f32 within a tile, whatever T is; not here: tensor cores.
+// For T = f32, on the ordinary cores; not here: tensor cores, which would round f32 (for bf16 see attention_bf16.cu).
 //
 // Letters: q, o, dout, dq [batch·tq, heads·h]; k, v, dk, dv [batch·tk, kv_heads·h]; lse, delta [batch, heads, tq]; h head size.
 // One block is 4 warps and one tile of 32 rows, which stand still while tiles of 32 rows of the other side pass by. Each warp has
@@ -214,7 +214,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
     store<C>(dv + at, kv_stride, first, z.tk, z.h, sum_v, one);
 }
 
-// The kernels for head sizes up to 32·C.
+// The kernels for head sizes up to 32·C; attention_bf16.cu defines its own by the same macro.
 #define BOUNDED(name) extern "C" __global__ void __launch_bounds__(THREADS) NAME(name, ELEMENT)
 #define ATTENTION(C)                                                                                                               \
     BOUNDED(attention_##C)(const T* q, const T* k, const T* v, T* o, float* lse, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h,   \

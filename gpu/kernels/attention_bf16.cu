@@ -1,13 +1,14 @@
-// Softmax attention in bf16 on tensor cores, forward and backward: the kernels of attention.cu, by name and arguments, for the other
-// type. Scores are never in memory, only in registers, a few rows at a time; the backward computes them again from the log-sum-exp
-// (Dao 2023, FlashAttention-2, arXiv 2307.08691). Sums of products, softmax and its gradient are f32; P and dS are rounded to
-// bf16 before they are multiplied. Not here: asynchronous products and bulk copies of Hopper (wgmma, TMA).
+// Softmax attention in bf16 on tensor cores, forward and backward: the kernels of attention.cu, by name and arguments, for the
+// other type, and for compute capability 8.0 or later. Scores are never in memory, only in registers, a few rows at a time; the
+// backward computes them again from the log-sum-exp (Dao 2023, FlashAttention-2, arXiv 2307.08691). Sums of products, softmax and its
+// gradient are f32; P and dS are rounded to bf16 before they are multiplied. Not here: asynchronous products and bulk copies of
+// Hopper (wgmma, TMA).
 //
 // Letters: those of attention.cu, and D = 32·C ≥ h, the columns that are computed with: those from h on are zeros.
-// One block is 4 warps. Of one side, queries or keys, 64·M rows stand still, 16·M in each warp. The rows of the other side pass by
-// in shared memory, PASSING at a time, in two buffers: while some are multiplied the next are on their way. N of them are taken at
-// once. With M = 2 a 16×16 block of passing rows that has been read is multiplied twice, and reading takes 8 of the 13 cycles that
-// the products take; with M = 1, 16 of 13 (H100: 128 bytes and about 2,500 FLOP a cycle and processor). For D = 128, M = 1 is what the registers hold.
+// One block is 4 warps. Of one side, queries or keys, 64·M rows stand still, 16·M in each warp. The rows of the other side pass
+// by in shared memory, PASSING at a time, in two buffers: while some are multiplied the next are on their way. N of them are taken
+// at once. To read a 16×16 block of them takes a processor 4 cycles, to multiply it by 16·M rows 3.3·M (H100: 128 bytes and, by
+// these instructions, about 2,500 FLOP in a cycle): hence M = 2, but for D = 128, for which the registers suffice for M = 1.
 //
 // A product of 16×16 by 16×8 is what the tensor cores take. Of its 16×8 sums lane 4·g + t of the warp has rows g and g + 8, columns
 // 2t and 2t + 1; two such blocks side by side, rounded, are its part of a 16×16 factor of the next product: P goes from the
@@ -58,8 +59,8 @@ template <u32 C, u32 HEIGHT> __device__ void load(T* tile, const T* head, u64 st
     }
 }
 
-// Where this lane reads when the warp reads a 16×16 block as a first factor, or transposed as a second one: 8 of its columns in one
-// of its rows. The four 8×8 matrices come in the order upper left, lower left, upper right, lower right;
+// Where this lane reads when the warp reads a 16×16 block as a first factor, or transposed as a second one: 8 of its columns in
+// one of its rows. The four 8×8 matrices come in the order upper left, lower left, upper right, lower right;
 template <u32 C> __device__ const T* own_piece(const T* block) {
     return block + threadIdx.x % 16 * Size<C>::WIDTH + threadIdx.x / 16 % 2 * 8;
 }
@@ -149,7 +150,8 @@ __device__ void weights_by_rows(Sums<M, C * 32>& sum, const Sums<M, N>& weights,
 
 // sum·scale (one for each of the lane's rows) to the standing rows of a head, by way of the warp's own rows of `tile`.
 template <u32 C, u32 M>
-__device__ void store(T* head, u64 stride, u32 first, u32 end, u32 h, const Sums<M, C * 32>& sum, const float (&scale)[M][2], T* tile) {
+__device__ void store(T* head, u64 stride, u32 first, u32 end, u32 h, const Sums<M, C * 32>& sum, const float (&scale)[M][2],
+                      T* tile) {
     tile += warp_row<C>() * Size<C>::WIDTH, first += warp_row<C>();
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
@@ -239,7 +241,7 @@ __device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, 
     k += blockIdx.z * z.tk * kv_stride + kv_head * z.h, v += blockIdx.z * z.tk * kv_stride + kv_head * z.h;
     lse += ((u64)blockIdx.z * z.heads + head) * z.tq;
     const u32 warp_first = first + warp_row<C>(), lane_first = warp_first + lane_row();
-    const u32 keys = keys_seen(first + STANDING - 1, z);                                            // by any row of the block,
+    const u32 keys = keys_seen(first + STANDING - 1, z);                                          // by any row of the block,
     const u32 by_some = keys_seen(warp_first + 16 * M - 1, z), by_all = keys_seen(warp_first, z); // of the warp
     const float to_log2 = z.scale * LOG2_E;
 
@@ -344,7 +346,8 @@ __device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, 
     k += blockIdx.z * z.tk * kv_stride + kv_head * z.h, v += blockIdx.z * z.tk * kv_stride + kv_head * z.h;
     lse += ((u64)blockIdx.z * z.heads + head) * z.tq, delta += ((u64)blockIdx.z * z.heads + head) * z.tq;
     const u32 warp_first = first + warp_row<C>(), lane_first = warp_first + lane_row();
-    const u32 keys = keys_seen(first + STANDING - 1, z), by_some = keys_seen(warp_first + 16 * M - 1, z), by_all = keys_seen(warp_first, z);
+    const u32 keys = keys_seen(first + STANDING - 1, z);                                          // as above
+    const u32 by_some = keys_seen(warp_first + 16 * M - 1, z), by_all = keys_seen(warp_first, z);
     const float to_log2 = z.scale * LOG2_E;
 
     load<C, STANDING>(sq, q + at, stride, first, z.tq, z.h);
@@ -483,7 +486,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
     store<C, M>(dv + at, kv_stride, first, z.tk, z.h, sum_v, one, sv);
 }
 
-// attention.cu has the names and arguments of the kernels
+// attention.cu, which comes before, says what their names and arguments are.
 ATTENTION(1)
 ATTENTION(2)
 ATTENTION(4)

@@ -1,6 +1,6 @@
 // What the kernels share. All sources are one translation unit, put together by gpu/kernels.rs: this file, then the others once
-// for each element type T of tensors, f32 and bf16. No header is included, so that NVRTC needs no directory of headers, and the
-// simulator (gpu/simulator/) can compile the same text as C++.
+// for each element type T of tensors, f32 and bf16; attention has a file for each type. No header is included, so that NVRTC needs
+// no directory of headers, and the simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
 // - Any number of threads in a block that is a multiple of 32, up to 256 or to what KERNEL_FOR says (attention: exactly THREADS).
@@ -9,7 +9,7 @@
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
 // - Arithmetic in f32 without fast-math, whatever T is: values are widened as they are loaded and rounded as they are stored, once.
 //   What is no tensor's element but a statistic of a row (1/rms, log-sum-exp) is stored in f32. Sums that leave the device as one
-//   number are taken in f64.
+//   number are taken in f64. The exception is attention in bf16: it rounds P and dS for the tensor cores and uses exp2_approx.
 // Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 typedef unsigned int u32;

@@ -276,7 +276,9 @@ inline void read_blocks_transposed(unsigned (&x)[4], const void* row) { simulato
 inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     simulator::Operands& all = simulator::next_operands();
     const unsigned lane = simulator::current->id % simulator::LANES, g = lane / 4, t = lane % 4;
-    const auto put = [](float* at, unsigned pair) { at[0] = __int_as_float(pair << 16), at[1] = __int_as_float(pair & 0xffff0000u); };
+    const auto put = [](float* at, unsigned pair) {
+        at[0] = __int_as_float(pair << 16), at[1] = __int_as_float(pair & 0xffff0000u);
+    };
     for (unsigned i = 0; i < 4; i++) put(&all.a[g + i % 2 * 8][t * 2 + i / 2 * 8], a[i]);
     put(&all.b[g][t * 2], b0), put(&all.b[g][t * 2 + 8], b1);
     simulator::wait(simulator::Fiber::AT_WARP);

@@ -1,4 +1,5 @@
-//! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op, or of each kernel of a GPU.
+//! `bench`: the time of a training step and its parts, on random tokens; with `--profile` that of each op, or of each kernel of a GPU;
+//! with `--rounds` again and again, when told to.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -56,6 +57,11 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         return Err(Error::new("the profile of a processor is a table: leave out --json or --profile"));
     }
     let opened = device::open(args.on.device, config.precision)?;
+    if args.rounds {
+        return crate::pool(config.threads)?.install(|| {
+            on_device!(opened, |device, compute| in_turn(&device, compute, &config, args.steps))
+        });
+    }
     let (report, times) = crate::pool(config.threads)?.install(|| {
         on_device!(opened, |device, compute| measure(&device, compute, &config, args.steps, args.profile))
     })?;
@@ -154,10 +160,42 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let mut trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
-    let on_processor = B::WORKING_SET != usize::MAX; // a GPU's op has only been asked for when it returns
+    let (mut trainer, batches) = prepared(device, compute, config);
+    let report = round(device, &mut trainer, &batches, config, [UNTIMED, steps], profile)?;
+    Ok((report, trainer.op_times.unwrap_or_default()))
+}
+
+/// A report for each line of stdin, as a line of JSON; "ready" when the first may come.
+fn in_turn<B: Watch, C: Backend<Wide = B::Wide>>(
+    device: &B,
+    compute: C,
+    config: &Config,
+    steps: usize,
+) -> Result<()> {
+    let (mut trainer, batches) = prepared(device, compute, config);
+    crate::say!("ready");
+    let mut untimed = UNTIMED;
+    for line in std::io::stdin().lines() {
+        line.map_err(|e| Error::new(format!("--rounds: cannot read stdin: {e}")))?;
+        let report = round(device, &mut trainer, &batches, config, [untimed, steps], false)?;
+        crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
+        untimed = 0;
+    }
+    Ok(())
+}
+
+/// The steps before the first that is timed.
+const UNTIMED: usize = 2;
+
+/// A trainer, and a step's micro-batches of random tokens.
+fn prepared<B: Backend, C: Backend<Wide = B::Wide>>(
+    device: &B,
+    compute: C,
+    config: &Config,
+) -> (Trainer<B>, Vec<Batch>) {
+    let trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
     let tokens = config.batch * config.context;
-    let batches: Vec<Batch> = (0..config.accumulate)
+    let batches = (0..config.accumulate)
         .map(|micro| {
             let mut state = config.seed.wrapping_add(micro as u64); // Knuth's MMIX generator
             let mut token = || {
@@ -168,14 +206,26 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
             Batch { inputs, targets: (0..tokens).map(|_| token()).collect(), rows: config.batch }
         })
         .collect();
+    (trainer, batches)
+}
+
+fn round<B: Watch>(
+    device: &B,
+    trainer: &mut Trainer<B>,
+    batches: &[Batch],
+    config: &Config,
+    [untimed, steps]: [usize; 2],
+    profile: bool,
+) -> Result<Report> {
     let mut times: Vec<(Step, f64)> = Vec::new();
-    for i in 0..steps + 2 {
-        if profile && on_processor && i == 2 {
+    let on_processor = B::WORKING_SET != usize::MAX; // a GPU's op has only been asked for when it returns
+    for i in 0..untimed + steps {
+        if profile && on_processor && i == untimed {
             trainer.op_times = Some(OpTimes::new());
         }
         let start = Instant::now();
-        let step = trainer.step(&batches, 0.01)?; // small steps: random tokens teach nothing
-        if i >= 2 {
+        let step = trainer.step(batches, 0.01)?; // small steps: random tokens teach nothing
+        if i >= untimed {
             times.push((step, start.elapsed().as_secs_f64()));
         }
     }
@@ -184,7 +234,7 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
     if profile && !on_processor {
         device.watch_kernels();
         for _ in 0..steps {
-            trainer.step(&batches, 0.01)?;
+            trainer.step(batches, 0.01)?;
         }
         kernels = device.kernel_times();
     }
@@ -194,10 +244,10 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
         values[values.len() / 2]
     };
     let seconds = median(&|(_, total)| *total);
-    let tokens_per_step = tokens * config.accumulate;
+    let tokens_per_step = config.batch * config.context * config.accumulate;
     let flops = step_flops(config);
     let product_flops = flops.forward + flops.backward + flops.guide_products;
-    let report = Report {
+    Ok(Report {
         preset: config.preset,
         method: config.method,
         threads: rayon::current_num_threads(),
@@ -215,8 +265,7 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
         peak_memory_mib: peak_memory_mib(),
         device_memory_mib,
         kernels,
-    };
-    Ok((report, trainer.op_times.unwrap_or_default()))
+    })
 }
 
 #[cfg(test)]

@@ -507,6 +507,10 @@ pub struct BenchArgs {
     /// Also print where the time goes: of forward and backward, by op; on a GPU that of the whole step, by kernel
     #[arg(long)]
     pub profile: bool,
+    /// Print "ready", then take the timed steps and print the JSON object for each line that comes on stdin, until it ends: to be
+    /// measured in turn with another program. The untimed steps are before the first
+    #[arg(long, conflicts_with_all = ["json", "profile"])]
+    pub rounds: bool,
     #[command(flatten)]
     pub on: DeviceOption,
     #[command(flatten)]

@@ -105,15 +105,17 @@ pub enum Init {
     Orthogonal,
 }
 
-/// What forward and backward compute in. Weights, their gradients' sum and the optimizer are f32.
+/// What a training step computes in. Weights, their gradients' sum and the rest of the optimizer are f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// single precision
     #[default]
     F32,
-    /// bfloat16, on GPUs
+    /// forward and backward in bfloat16, on GPUs
     Bf16,
+    /// Newton–Schulz too, as is usual for Muon
+    Bf16NewtonSchulz,
 }
 
 /// The name of an enum's value as flags and files spell it.
@@ -173,7 +175,8 @@ pub struct ModelOptions {
     /// Micro-batches whose gradients are averaged into one step [default: 1]
     #[arg(long, help_heading = "Training")]
     pub accumulate: Option<usize>,
-    /// What forward and backward compute in; weights, gradients' sums and the optimizer stay f32 [default: f32]
+    /// What forward and backward compute in, and Newton–Schulz; weights, gradients' sums and the rest of the optimizer stay f32
+    /// [default: f32]
     #[arg(long, help_heading = "Training")]
     pub precision: Option<Precision>,
     /// Seed of the initialisation and of the data order [default: 1]
@@ -634,6 +637,11 @@ impl Config {
     /// A value that is out of range or does not fit another, with what would fit.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(message));
+        if self.method == Method::SpectronCertified && self.precision == Precision::Bf16NewtonSchulz {
+            return fail(
+                "spectron-certified keeps its bound with Newton–Schulz in f32: take precision bf16".into(),
+            );
+        }
         for (key, value) in [
             ("steps", self.steps),
             ("batch", self.batch),

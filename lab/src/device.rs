@@ -161,10 +161,8 @@ pub fn open(device: Device, precision: Precision) -> Result<Opened> {
     match (opened(device)?, precision) {
         (opened, Precision::F32) => Ok(opened),
         #[cfg(feature = "cuda")]
-        (Opened::Cuda(gpu) | Opened::Mixed(gpu), Precision::Bf16) => {
-            has_bf16(device).map(|()| Opened::Mixed(gpu))
-        }
-        (Opened::Cpu(_), Precision::Bf16) => Err(Error::new(
+        (Opened::Cuda(gpu) | Opened::Mixed(gpu), _) => has_bf16(device).map(|()| Opened::Mixed(gpu)),
+        (Opened::Cpu(_), _) => Err(Error::new(
             "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
         )),
     }

@@ -4,13 +4,13 @@
 //! which AdamW trains under every method.
 
 use rankgrad::lowrank::{
-    AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, Optimizer, Params, Radius, Renormalised,
-    Rule, Spectron, SpectronConfig, shape_scale,
+    AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, NewtonSchulz, Optimizer, Orthogonaliser,
+    Params, Radius, Renormalised, Rule, Space, Spectron, SpectronConfig, shape_scale,
 };
 use rankgrad::parallel::Division;
 use rankgrad::tensor::{Backend, Tensor};
 
-use crate::config::{Config, LrScale, Method};
+use crate::config::{Config, LrScale, Method, Precision};
 use crate::flops;
 
 pub type PairRule<B> = Box<dyn Rule<B, FactorPair<B>>>;
@@ -130,14 +130,24 @@ fn spectron_certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRu
 
 fn spectron_with<B: Backend>(c: &Config, pairs: &[FactorPair<B>], base: SpectronConfig) -> PairRule<B> {
     let Config { momentum: beta, nesterov, weight_decay, .. } = *c;
-    let balance_every = c.balance_every as u64;
-    Box::new(Spectron::with(SpectronConfig { beta, nesterov, weight_decay, balance_every, ..base }, pairs))
+    let (balance_every, orthogonaliser) = (c.balance_every as u64, orthogonaliser(c));
+    let config = SpectronConfig { beta, nesterov, weight_decay, orthogonaliser, balance_every, ..base };
+    Box::new(Spectron::with(config, pairs))
+}
+
+fn orthogonaliser(c: &Config) -> Orthogonaliser {
+    let mut how = NewtonSchulz::default();
+    if c.precision == Precision::Bf16NewtonSchulz {
+        how.space = Space::Bf16;
+    }
+    Orthogonaliser::NewtonSchulz(how)
 }
 
 /// Without a scale by shape: Spectron less the renormalisation, and nothing else.
 fn muon_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
     let mut rule = Muon::for_pairs(pairs);
     (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    rule.orthogonaliser = orthogonaliser(c);
     Box::new(rule)
 }
 
@@ -156,6 +166,7 @@ fn momentum_factors<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule
 fn lora_muon<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
     let mut rule = LoraMuon::new(pairs);
     (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    rule.orthogonaliser = orthogonaliser(c);
     Box::new(rule)
 }
 
@@ -163,6 +174,7 @@ fn lora_muon<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
 fn dense_muon<B: Backend>(c: &Config, matrices: &[Tensor<B>]) -> MatrixRule<B> {
     let mut rule = Muon::new(matrices);
     (rule.beta, rule.nesterov, rule.weight_decay) = (c.momentum, c.nesterov, c.weight_decay);
+    rule.orthogonaliser = orthogonaliser(c);
     rule.scale = match c.lr_scale {
         LrScale::Uniform => MuonScale::Aspect,
         LrScale::Shape => MuonScale::One,

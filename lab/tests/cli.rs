@@ -206,6 +206,26 @@ fn text_is_generated_in_every_way() {
     }
 }
 
+#[test]
+fn bench_takes_its_steps_once_for_each_line_it_is_given() {
+    use std::io::Write;
+    use std::process::Stdio;
+    let line =
+        "bench --rounds --steps 2 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 3 --accumulate 2";
+    let mut child = Desk::new().command(line).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"1\n\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (ready, reports) = text.split_once('\n').unwrap();
+    assert_eq!((ready, reports.lines().count()), ("ready", 2), "{text}");
+    for report in reports.lines() {
+        let report: Value = serde_json::from_str(report).unwrap();
+        assert_eq!((&report["steps"], &report["tokens_per_step"]), (&2.into(), &24.into()), "{report}");
+        assert!(report["step_ms"].as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
 /// A model under guidance is validated, inspected and sampled with its guides; at the end none is left.
 #[test]
 fn guides_come_and_go() {

@@ -89,6 +89,11 @@ fn bf16_is_refused_on_the_processor() {
         );
         assert!(error.lines().count() == 1 && !desk.path("run").exists(), "{error}");
     }
+    let error = desk.refused("train --precision bf16-newton-schulz --method spectron-certified --out run");
+    assert!(
+        error.starts_with("error: spectron-certified keeps its bound with Newton–Schulz in f32"),
+        "{error}"
+    );
     let error = desk.refused("study methods --precision bf16");
     assert!(error.contains("a study computes on the processor"), "{error}");
 }
@@ -179,8 +184,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
     assert!((cpu - two).abs() < 1e-4, "{cpu}, on two GPUs {two}");
     // in bf16, and gone on with in it
-    let train =
-        "train --data text --config small.toml --quiet --steps 6 --precision bf16 --device cuda --out half";
+    let train = "train --data text --config small.toml --quiet --steps 6 --precision bf16-newton-schulz --device cuda --out half";
     run(&format!("{train} --stop-after 3"));
     run("train --resume half --quiet --device cuda");
     let half: serde_json::Value = serde_json::from_str(&run("eval half --json")).unwrap();

@@ -112,6 +112,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     type Elem = T;
     type Buffer = Buffer<T>;
     type Wide = Self;
+    type Narrow = Self;
     const WORKING_SET: usize = 1 << 18; // at most half of a core's second-level cache, ½ to 2 MiB
 
     fn upload(&self, host: Vec<T>) -> Buffer<T> {
@@ -129,6 +130,9 @@ impl<T: Scalar> Backend for Cpu<T> {
         buffer
     }
     fn wide(&self) -> Self {
+        *self
+    }
+    fn narrower(&self) -> Self {
         *self
     }
     fn widen(xs: &[&Tensor<Self>]) -> Vec<Tensor<Self>> {

@@ -174,7 +174,7 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
             return fail(format!("--{flag} is for one run; a study takes {instead}"));
         }
     }
-    if model.precision == Some(Precision::Bf16) {
+    if model.precision.is_some_and(|precision| precision != Precision::F32) {
         return fail("--precision bf16 is for GPUs; a study computes on the processor".into());
     }
     let flops = o.budget == Some(Budget::Flops);
