@@ -109,8 +109,8 @@ impl<T: OnGpu> Cuda<T> {
     /// Elements of 16 bytes, which kernels load and store at once.
     const PACK: usize = 16 / size_of::<T>();
 
-    /// Threads of a block, and how many rows of `d` columns it takes side by side. As gpu/kernels/common.cuh has it: a warp for each row of
-    /// up to 4 KiB, otherwise a block.
+    /// Threads of a block, and how many rows of `d` columns it takes side by side. As gpu/kernels/common.cuh has it: a warp for each
+    /// row of up to 4 KiB, otherwise a block.
     fn sides(d: usize) -> (u32, usize) {
         match d * size_of::<T>() {
             0..=4096 => (128, 4),

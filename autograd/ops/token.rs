@@ -31,8 +31,8 @@ impl<'t, B: Backend> Var<'t, B> {
         self.cross_entropy_wide(targets, 1.0).0
     }
 
-    /// `share` times [`Var::cross_entropy`], for a part of a batch without another pass over the logits; and the loss itself, as it is
-    /// before it is rounded to the tape's elements: from 2 to 4 nats, bf16 has steps of 1/64. The gradient does not see that rounding.
+    /// `share` times [`Var::cross_entropy`], for a part of a batch without another pass over the logits; and the loss itself,
+    /// unrounded: from 2 to 4 nats, bf16 has steps of 1/64. The gradient does not see that rounding.
     ///
     /// # Panics
     /// As [`Var::cross_entropy`].

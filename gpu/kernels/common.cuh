@@ -3,9 +3,9 @@
 // no directory of headers, and the simulator (gpu/simulator/) can compile the same text as C++.
 //
 // Rules that all kernels keep:
-// - Any number of threads in a block that is a multiple of 32, up to 256, or to what KERNEL_FOR says (attention: exactly its THREADS).
-// - Memory is read and written 16 bytes at a time, wherever rows allow: what a tensor's address is does not matter, since all begin at an
-//   allocation, aligned to 256 bytes. So it depends on shapes alone which thread has which elements.
+// - Any number of threads in a block that is a multiple of 32, up to 256 or to what KERNEL_FOR says (attention: exactly THREADS).
+// - Memory is read and written 16 bytes at a time where rows are whole multiples of that. Every tensor begins at an allocation,
+//   aligned to 256 bytes, so it depends on shapes alone which thread has which elements.
 // - Sums have a fixed order, which depends on shapes alone; no atomics. The same launch gives the same bits.
 // - Arithmetic in f32 without fast-math, whatever T is: values are widened as they are loaded and rounded as they are stored, once.
 //   What is no tensor's element but a statistic of a row (1/rms, log-sum-exp) is stored in f32. Sums that leave the device as one
@@ -208,8 +208,8 @@ template <bool KEEPS, u32 W, class U, u32 KEPT> __device__ Read<U, W> neighbours
 }
 template <bool, u32 W, class U> __device__ auto neighbours(U* x, u32, u32 c) { return neighbours<W>(x, c); }
 
-// This thread's part in a row of d columns of U. `wide`: rows are whole packs; its packs are then number lane, lane + threads, …;
-// otherwise its columns are.
+// This thread's part in a row of d columns of U: number lane, lane + threads, … of its packs if rows are whole packs (`wide`),
+// otherwise of its columns.
 template <class U, u32 KEPT = 8> struct Row {
     static const u32 W = 16 / sizeof(U);
     u64 number;

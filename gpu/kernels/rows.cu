@@ -4,7 +4,8 @@
 
 // ---- softmax: y = eˣ / Σ eˣ; dx = y ∘ (dy − y·dy)
 
-// eˣ in half the instructions of expf, of which reading a row leaves time for few. The error grows with |x|, as if x had been rounded.
+// eˣ in half the instructions of expf: cross_entropy would otherwise wait for them, and not for memory. Its error grows with |x|, as
+// if x had been rounded.
 __device__ float power(float x) { return exp2f(x * 1.44269504f); }
 
 // Σ e^(x − top) over the row, and top, the largest x.
@@ -96,8 +97,8 @@ ROW_KERNEL(add_rms_norm)(const T* x, const T* r, const T* g, T* sum, T* y, float
     rms_norm_of(at, sum, g, y, inv_rms, eps);
 }
 
-// A block takes `chunk` rows. dx, or if `adds` what is there and dx; and the block's part of dg, its row of sums [blocks, d]. Each of
-// the rows that it takes side by side has its own part of dg in shared memory, d floats; whose thread a column is adds to it.
+// A block takes `chunk` rows: writes dx, or if `adds` adds dx to what is there, and writes its part of dg, its row of sums [blocks, d].
+// Rows taken side by side have a part of dg each in shared memory [sides, d]; the thread whose column it is adds to it.
 KERNEL_FOR(128, rms_norm_grad)
 (const T* x, const T* g, const float* inv_rms, const T* dy, T* dx, float* sums, u64 n, u32 d, u32 chunk, u32 adds) {
     Row<T, 6> at(d); // more of three rows at a time would take the registers of another block
@@ -166,9 +167,9 @@ ROW_KERNEL(layer_norm_grad)(const T* x, const T* g, const float* stats, const T*
 // ---- sums over the rows of a [n, d]: y [chunks, d], row k the sum of rows k·chunk … (k + 1)·chunk − 1 of the input. A second
 //      launch over y, of sum_rows_f32, adds up the chunks.
 
-// Σ of term(row, its elements of the tensors x at one column) over the rows first … end − 1. A block has the columns of 32 packs, those
-// with number `strip`; each of its warps takes every so many rows, and the warps are added in their order. row_of: which row of x a row is.
-// A block has up to MOST threads.
+// Σ of term(row, its elements of the tensors x at one column) over the rows first … end − 1; row_of: which row of x a row is. A block
+// of up to MOST threads has the columns of 32 packs, those with number `strip`; each of its warps takes every so many rows, and the
+// warps are added in their order.
 template <u32 MOST, class Term, class RowOf, class Y, class... X>
 __device__ void column_sums(Term term, RowOf row_of, Y* y, u32 strip, u64 first, u64 end, u32 d, const X*... x) {
     const u32 W = 16 / sizeof(T);
