@@ -158,10 +158,14 @@ pub enum Opened {
 /// # Errors
 /// Why there is no such GPU, and what to do. bf16 on the processor, or on a GPU that has none.
 pub fn open(device: Device, precision: Precision) -> Result<Opened> {
+    #[cfg(feature = "cuda")]
+    if precision != Precision::F32 {
+        has_bf16(device)?; // before kernels are compiled
+    }
     match (opened(device)?, precision) {
         (opened, Precision::F32) => Ok(opened),
         #[cfg(feature = "cuda")]
-        (Opened::Cuda(gpu) | Opened::Mixed(gpu), _) => has_bf16(device).map(|()| Opened::Mixed(gpu)),
+        (Opened::Cuda(gpu) | Opened::Mixed(gpu), _) => Ok(Opened::Mixed(gpu)),
         (Opened::Cpu(_), _) => Err(Error::new(
             "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
         )),
@@ -291,7 +295,11 @@ fn found(ordinal: usize) -> std::result::Result<(), String> {
 
 #[cfg(feature = "cuda")]
 fn has_bf16(device: Device) -> Result<()> {
-    let ordinal = if let Device::Cuda(ordinal) = device { ordinal } else { 0 };
+    let ordinal = match device {
+        Device::Cpu => return Ok(()), // it has its own words
+        Device::Auto => 0,
+        Device::Cuda(ordinal) => ordinal,
+    };
     match rankgrad::gpu::devices().ok().and_then(|all| all.get(ordinal)) {
         Some(old) if !old.has_bf16() => Err(Error::new(format!(
             "precision is bf16, for which {old} is too old (8.0 is needed): train a new run with --precision f32"
