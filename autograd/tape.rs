@@ -190,12 +190,11 @@ impl<'t, B: Backend> Var<'t, B> {
                 slots: nodes.iter().map(|_| None).collect(),
                 shapes: nodes.iter().map(|node| node.shape).collect(),
                 wanted: nodes.iter().map(|node| node.wanted).collect(),
+                seed: Tensor::full(&tape.device, shape, 1.0), // like the loss
             }
         };
-        for (leaf, gradient) in before {
-            grads.add(leaf, gradient);
-        }
-        grads.slots[self.id.0] = Some(Tensor::full(&tape.device, shape, 1.0));
+        before.into_iter().for_each(|(leaf, gradient)| grads.add(leaf, gradient));
+        grads.slots[self.id.0] = Some(grads.seed.clone());
         // each borrow ends before `backward` runs, so that it may look at the tape
         let last = || tape.nodes.borrow_mut().pop();
         while let Some(node) = last() {
@@ -215,6 +214,7 @@ pub struct Grads<B: Backend> {
     slots: Vec<Option<Tensor<B>>>,
     shapes: Vec<Shape>,
     wanted: Vec<bool>,
+    seed: Tensor<B>,
 }
 
 impl<B: Backend> Grads<B> {
@@ -265,6 +265,11 @@ impl<B: Backend> Grads<B> {
     /// Takes out what has been added to the gradient of `x`, for a backward that adds its own to it and gives the sum to [`Grads::add`].
     pub fn taken(&mut self, x: VarId) -> Option<Tensor<B>> {
         self.slots[x.0].take()
+    }
+
+    /// The value of a one-element gradient. For the 1 that a backward begins with, the device need not be waited for.
+    pub(super) fn scalar(&self, dy: &Tensor<B>) -> f64 {
+        if std::ptr::eq(dy.buffer(), self.seed.buffer()) { 1.0 } else { dy.item() }
     }
 
     /// Takes the gradient of `x` out; zeros if the loss does not depend on it.

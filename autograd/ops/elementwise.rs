@@ -80,7 +80,7 @@ impl<'t, B: Backend> Var<'t, B> {
         let y = Tensor::full(&device, [1], B::sum(&x)); // [1]
         let ix = self.id();
         self.tape().record("sum", &[self], y, move |dy, grads| {
-            grads.add(ix, Tensor::full(&device, shape, dy.item())) // like x
+            grads.add(ix, Tensor::full(&device, shape, grads.scalar(&dy))) // like x
         })
     }
 

@@ -51,7 +51,7 @@ impl<'t, B: Backend> Var<'t, B> {
         let (ix, rounded) = (self.id(), loss.scale(share).cast(self.tape().device())); // [1]
         let y = self.tape().record("cross_entropy", &[self], rounded, move |dy, grads| {
             // the loss is nearly always the end of the tape, where dy = 1 and a pass over the logits is saved
-            let dy = dy.item();
+            let dy = grads.scalar(&dy);
             grads.add(ix, if dy == 1.0 { dlogits } else { dlogits.scale(dy) });
         });
         (y, loss)
