@@ -1,8 +1,8 @@
-//! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool, kernels compiled by
-//! NVRTC, products by cuBLAS (plans.rs).
+//! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool and then kept, kernels
+//! compiled by NVRTC, products by cuBLAS (plans.rs).
 //!
 //! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
-//! may be freed as soon as the last launch that uses it has been enqueued.
+//! may be given to others as soon as the last launch that uses it has been enqueued.
 
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
@@ -34,8 +34,27 @@ pub(super) struct Gpu {
     /// Theirs.
     workspace: Address,
     functions: HashMap<(&'static str, Type), CudaFunction>,
+    kept: Mutex<Kept>,
     /// What has run since somebody asked for times.
     spans: Mutex<Option<Vec<Span>>>,
+}
+
+/// Memory that has been given back, for the next who asks for as much. The driver's own pool takes some microseconds for what this does
+/// in a tenth of one, and an optimizer's step makes a thousand tensors. Nothing need be waited for: the next user's work comes behind
+/// the last one's in the stream.
+#[derive(Debug, Default)]
+struct Kept {
+    /// By bytes, as [`rounded`].
+    free: HashMap<usize, Vec<Address>>,
+    /// Bytes in use, and the most that there were at one time.
+    used: usize,
+    most: usize,
+}
+
+/// Tensors of almost one size share what they leave behind; at most an eighth is lost, if they are not tiny.
+fn rounded(bytes: usize) -> usize {
+    let grain = (bytes.next_power_of_two() / 16).clamp(512, 2 << 20);
+    bytes.max(1).next_multiple_of(grain) // the driver has no empty allocations
 }
 
 /// Something that ran on the device: which kernel (of cuBLAS, `gemm` and the sizes), from when to when, and its FLOPs if it is a product.
@@ -102,6 +121,7 @@ impl Cuda<f32> {
             plans: Mutex::new(plans),
             workspace,
             functions,
+            kept: Mutex::default(),
             spans: Mutex::default(),
         })))
     }
@@ -134,23 +154,9 @@ impl Cuda<f32> {
         times
     }
 
-    /// The most bytes that tensors held at one time since the device was opened, by anybody in this process; None where the driver
-    /// has no pool to ask.
-    ///
-    /// # Panics
-    /// If the device has failed.
-    pub fn peak_bytes(&self) -> Option<u64> {
-        use sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH as HIGHEST;
-        let gpu = self.gpu().filter(|gpu| gpu.pooled)?;
-        gpu.enter();
-        let mut bytes = 0u64;
-        // SAFETY: the device is there, and the attribute is an u64
-        let asked = unsafe {
-            result::device::get_default_mem_pool(gpu.context.cu_device())
-                .and_then(|pool| result::mem_pool::get_attribute(pool, HIGHEST, (&raw mut bytes).cast()))
-        };
-        gpu.must("memory in use", asked);
-        Some(bytes)
+    /// The most bytes that tensors and the like held at one time since the device was opened.
+    pub fn peak_bytes(&self) -> usize {
+        self.gpu().map_or(0, |gpu| gpu.kept().most)
     }
 }
 
@@ -179,8 +185,10 @@ unsafe fn allocate(stream: &CudaStream, pooled: bool, bytes: usize) -> Result<Ad
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // what fails here, at the end, is past mending
+        self.give_back().ok();
         // SAFETY: `plans` is not used any more
-        unsafe { self.free(self.workspace, Plans::workspace_bytes()) }
+        unsafe { self.release(self.workspace) }.ok();
     }
 }
 
@@ -224,22 +232,58 @@ impl Gpu {
         self.must("entering its context", self.context.bind_to_thread());
     }
 
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
     fn try_alloc(&self, bytes: usize) -> Result<Address, result::DriverError> {
         // SAFETY: the context is this thread's own, and the stream is alive
-        unsafe { allocate(&self.stream, self.pooled, bytes.max(1)) } // the driver has no empty allocations
+        unsafe { allocate(&self.stream, self.pooled, bytes) }
+    }
+
+    /// # Safety
+    /// The memory must come from `try_alloc`, and not be used again.
+    unsafe fn release(&self, address: Address) -> Result<(), result::DriverError> {
+        self.context.bind_to_thread()?;
+        // SAFETY: the caller's promise; without a pool, all work that may use the memory is waited for
+        unsafe {
+            if self.pooled {
+                return result::free_async(address, self.stream.cu_stream());
+            }
+            self.stream.synchronize()?;
+            result::free_sync(address)
+        }
+    }
+
+    /// Gives all that is kept back to the driver.
+    fn give_back(&self) -> Result<(), result::DriverError> {
+        let all = std::mem::take(&mut self.kept().free);
+        // SAFETY: nobody has the addresses
+        all.into_values().flatten().try_for_each(|address| unsafe { self.release(address) })
     }
 }
 
 impl Executor for Gpu {
     fn alloc(&self, bytes: usize) -> Address {
+        let size = rounded(bytes);
+        {
+            let mut kept = self.kept();
+            kept.used += size;
+            kept.most = kept.most.max(kept.used);
+            if let Some(address) = kept.free.get_mut(&size).and_then(Vec::pop) {
+                return address;
+            }
+        }
         self.enter();
-        self.try_alloc(bytes)
+        self.try_alloc(size)
             .or_else(|_| {
-                // what the work so far still holds will be free after it
+                // what is kept in other sizes, and what the work so far still holds, will be free after it
+                self.give_back()?;
                 self.stream.synchronize()?;
-                self.try_alloc(bytes)
+                self.try_alloc(size)
             })
             .unwrap_or_else(|error| {
+                self.kept().used -= size;
                 let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
                 let (free, total) = self.context.mem_get_info().unwrap_or_default();
                 panic!(
@@ -254,22 +298,11 @@ impl Executor for Gpu {
             })
     }
 
-    unsafe fn free(&self, address: Address, _: usize) {
-        let free = || {
-            self.context.bind_to_thread()?;
-            // SAFETY: the caller's promise; without a pool, all work that may use the memory is waited for
-            unsafe {
-                if self.pooled {
-                    return result::free_async(address, self.stream.cu_stream());
-                }
-                self.stream.synchronize()?;
-                result::free_sync(address)
-            }
-        };
-        let outcome = free();
-        if !std::thread::panicking() {
-            self.must("freeing memory", outcome);
-        }
+    unsafe fn free(&self, address: Address, bytes: usize) {
+        let size = rounded(bytes);
+        let mut kept = self.kept();
+        kept.used -= size;
+        kept.free.entry(size).or_default().push(address);
     }
 
     unsafe fn upload(&self, from: &[u8], to: Address) {

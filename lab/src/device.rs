@@ -106,8 +106,8 @@ pub trait Watch: Backend {
     fn kernel_times(&self) -> Vec<KernelTime> {
         Vec::new()
     }
-    /// The most bytes of the device's memory that were in use at one time; None where that is the processor's, or unknown.
-    fn peak_bytes(&self) -> Option<u64> {
+    /// The most bytes of the device's memory that were in use at one time; None where that is the processor's.
+    fn peak_bytes(&self) -> Option<usize> {
         None
     }
 }
@@ -138,8 +138,8 @@ impl Watch for rankgrad::gpu::Cuda<f32> {
         times.sort_by(|a, b| b.ms.total_cmp(&a.ms));
         times
     }
-    fn peak_bytes(&self) -> Option<u64> {
-        self.peak_bytes()
+    fn peak_bytes(&self) -> Option<usize> {
+        Some(self.peak_bytes())
     }
 }
 
