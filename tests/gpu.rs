@@ -281,7 +281,7 @@ fn rows<E: Element, B: Backend>(device: &B, n: usize, d: usize) -> Vec<Vec<f64>>
         wide.extend([stats, loss]);
     }
     if d.is_multiple_of(2) {
-        let rope = Rope::new(&device.wide(), 8, if d % 64 == 0 { 64 } else { d }, 10_000.0);
+        let rope = Rope::new(&device.wide(), 8, if d.is_multiple_of(64) { 64 } else { d }, 10_000.0);
         let tape = Tape::new(device);
         out.push(tape.constant(&x).rope(&rope, n, 3).value());
     }
