@@ -4,7 +4,7 @@
 //! Letters: x, y variables; dy the gradient of the loss with respect to y.
 
 use super::watch::Clock;
-use crate::tensor::{Accum, Backend, Mat, Shape, Tensor};
+use crate::tensor::{Accum, Backend, Mat, Shape, Tensor, products};
 use std::cell::{Cell, RefCell};
 use std::panic::Location;
 
@@ -265,6 +265,16 @@ impl<B: Backend> Grads<B> {
     /// Takes out what has been added to the gradient of `x`, for a backward that adds its own to it and gives the sum to [`Grads::add`].
     pub fn taken(&mut self, x: VarId) -> Option<Tensor<B>> {
         self.slots[x.0].take()
+    }
+
+    /// [`Grads::matmul`] of each product; those for variables without a gradient, and of one shape, in one batch.
+    #[track_caller]
+    pub(super) fn matmuls(&mut self, all: Vec<(VarId, Mat<'_, B>, Mat<'_, B>)>) {
+        let wanted = all.into_iter().filter(|(x, ..)| self.wants(*x));
+        let (first, more): (Vec<_>, Vec<_>) = wanted.partition(|(x, ..)| self.slots[x.0].is_none());
+        let sums = products(first.iter().map(|&(_, a, b)| (a, b))); // like each x
+        first.into_iter().zip(sums).for_each(|((x, ..), dx)| self.add(x, dx));
+        more.into_iter().for_each(|(x, a, b)| self.matmul(x, a, b));
     }
 
     /// The value of a one-element gradient. For the 1 that a backward begins with, the device need not be waited for.

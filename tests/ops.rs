@@ -55,6 +55,7 @@ const TOLERANCES: &[(&str, f64, f64, bool)] = &[
     ("matmul_tt", 16.0, 1.0, false),
     ("linear", 16.0, 1.0, false),
     ("lowrank_linear", 16.0, 2.0, false),
+    ("lowrank_linears", 16.0, 3.0, false),
     ("softmax", 16.0, 16.0, false),
     ("rms_norm", 32.0, 1.0, true),
     ("add_rms_norm", 32.0, 2.0, true),
@@ -225,6 +226,10 @@ fn table() -> Vec<Row> {
         row!("linear", |z, x| [[z.batch, z.tq, z.k], [z.m, z.k]] => x[0].linear(x[1])).naive(naive_linear),
         row!("lowrank_linear", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.k, z.r]] => x[0].lowrank_linear(x[1], x[2]))
             .naive(naive_lowrank_linear),
+        row!("lowrank_linears", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.k, z.r], [z.m, z.r], [z.k, z.r], [z.m, 1], [z.k, 1]] => {
+            let [y, z, v] = x[0].lowrank_linears([[x[1], x[2]], [x[3], x[4]], [x[5], x[6]]]);
+            y + z * v
+        }),
         row!("add_bias", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].add_bias(x[1])).naive(naive_add_bias),
         row!("softmax", |z, x| [[z.batch, z.n, z.d]] => x[0].softmax()).naive(naive_softmax),
         row!("rms_norm", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].rms_norm(x[1], 1e-5)).drawn(Domain::OffZero)

@@ -3,7 +3,9 @@
 //! Letters: N rows of x (its leading axes together), n inputs, m outputs, r rank; W [m, n] = A [m, r] · Bᵀ, B [n, r].
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Mat, product_shape};
+use crate::tensor::{Backend, Mat, Tensor, product_shape, products};
+use std::cell::RefCell;
+use std::rc::Rc;
 
 impl<'t, B: Backend> Var<'t, B> {
     /// The matrix product `self · other`: [m, k] · [k, n] → [m, n].
@@ -83,19 +85,7 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     pub fn lowrank_linear(self, a: Self, b: Self) -> Self {
         let (x, a_, b_) = (self.value(), a.value(), b.value());
-        let (xs, sa, sb) = (x.shape(), a_.shape(), b_.shape());
-        let (&[m, r], &[n, r_b]) = (sa.dims(), sb.dims()) else {
-            panic!("lowrank_linear: x {xs}, A {sa}, B {sb}: A and B must be matrices")
-        };
-        assert!(
-            r == r_b,
-            "lowrank_linear: x {xs}, A {sa}, B {sb}: the ranks {r} and {r_b} of A and B differ"
-        );
-        assert!(
-            xs.cols() == n,
-            "lowrank_linear: x {xs}, A {sa}, B {sb}: inner sizes {} of x and {n} of B differ",
-            xs.cols()
-        );
+        let [m, _] = check_pair(&x, &a_, &b_);
         let h = x.matmul(&b_); // [N, r]
         let y = h.matmul(a_.t()).reshape(x.shape().with_cols(m)); // [.., m]
         let (ix, ia, ib) = (self.id(), a.id(), b.id());
@@ -104,6 +94,48 @@ impl<'t, B: Backend> Var<'t, B> {
             grads.matmul(ia, dy.t(), &h); // dA [m, r]
             grads.matmul(ib, x.t(), &dh); // dB [n, r]
             grads.matmul(ix, &dh, b_.t()); // dx [.., n]
+        })
+    }
+
+    /// [`Var::lowrank_linear`] of one x with each (A, B): products of one shape, forward and backward, are one batch, which a GPU is
+    /// asked for once.
+    ///
+    /// A node of a tape has one value. So one node stands for all, before those of the ys, which hand it their gradients: its turn comes
+    /// behind theirs.
+    ///
+    /// # Panics
+    /// As [`Var::lowrank_linear`].
+    #[track_caller]
+    pub fn lowrank_linears<const K: usize>(self, pairs: [[Self; 2]; K]) -> [Self; K] {
+        let (tape, x) = (self.tape(), self.value());
+        let factors = pairs.map(|[a, b]| [a.value(), b.value()]);
+        let shapes = factors.each_ref().map(|[a, b]| x.shape().with_cols(check_pair(&x, a, b)[0]));
+        let hs = products(factors.iter().map(|[_, b]| (Mat::from(&x), b.into()))); // [N, r] each
+        let ys = products(hs.iter().zip(&factors).map(|(h, [a, _])| (h.into(), a.t()))); // [N, m] each
+        let (ix, ids, none) =
+            (self.id(), pairs.map(|[a, b]| [a.id(), b.id()]), Tensor::zeros(tape.device(), [0])); // [0]
+        let dys = Rc::new(RefCell::new(vec![None::<Tensor<B>>; K]));
+        let handed = dys.clone();
+        let inputs: Vec<Self> = pairs.into_iter().flatten().chain([self]).collect();
+        let all = tape.record("lowrank_linears", &inputs, none.clone(), move |_, grads| {
+            let dys = handed.take().into_iter().enumerate().filter_map(|(i, dy)| Some((i, dy?)));
+            let dys: Vec<_> = dys.collect(); // [.., m] each
+            let dhs = products(dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i][0]).into()))); // [N, r] each
+            let das = dys.iter().map(|(i, dy)| (ids[*i][0], dy.t(), (&hs[*i]).into())); // [m, r] each
+            let dbs = dys.iter().zip(&dhs).map(|((i, _), dh)| (ids[*i][1], x.t(), dh.into())); // [n, r] each
+            grads.matmuls(das.chain(dbs).collect());
+            for ((i, _), dh) in dys.iter().zip(&dhs) {
+                grads.matmul(ix, dh, factors[*i][1].t()); // dx [.., n]
+            }
+        });
+        let mut ys = ys.into_iter().zip(shapes).enumerate();
+        std::array::from_fn(|_| {
+            let (i, (y, shape)) = ys.next().expect("as many as pairs");
+            let (dys, to, none) = (dys.clone(), all.id(), none.clone()); // [0]
+            tape.record("lowrank_linears", &[all], y.reshape(shape), move |dy, grads| {
+                dys.borrow_mut()[i] = Some(dy); // [.., m]
+                grads.add(to, none); // so that its turn comes
+            })
         })
     }
 
@@ -130,4 +162,20 @@ impl<'t, B: Backend> Var<'t, B> {
             grads.add(ix, dy);
         })
     }
+}
+
+/// m and r of A [m, r] and B [n, r], which fit each other and x [.., n].
+#[track_caller]
+fn check_pair<B: Backend>(x: &Tensor<B>, a: &Tensor<B>, b: &Tensor<B>) -> [usize; 2] {
+    let (xs, sa, sb) = (x.shape(), a.shape(), b.shape());
+    let (&[m, r], &[n, r_b]) = (sa.dims(), sb.dims()) else {
+        panic!("lowrank_linear: x {xs}, A {sa}, B {sb}: A and B must be matrices")
+    };
+    assert!(r == r_b, "lowrank_linear: x {xs}, A {sa}, B {sb}: the ranks {r} and {r_b} of A and B differ");
+    assert!(
+        xs.cols() == n,
+        "lowrank_linear: x {xs}, A {sa}, B {sb}: inner sizes {} of x and {n} of B differ",
+        xs.cols()
+    );
+    [m, r]
 }
