@@ -153,6 +153,7 @@ template <u32 C, u32 M>
 __device__ void store(T* head, u64 stride, u32 first, u32 end, u32 h, const Sums<M, C * 32>& sum, const float (&scale)[M][2],
                       T* tile) {
     tile += warp_row<C>() * Size<C>::WIDTH, first += warp_row<C>();
+    __syncwarp(); // all lanes are done with what was in it
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
 #pragma unroll
