@@ -384,11 +384,13 @@ impl Executor for Gpu {
             let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             if !plans.has(&shape) {
                 let bytes = element.bytes() * m * n;
-                let other = self.alloc(bytes); // C may be there to be added to
+                let other = add.then(|| self.alloc(bytes)); // C is there to be added to
                 // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
-                let made = unsafe { plans.make(&self.stream, shape, [a, b, other]) };
-                // SAFETY: allocated with as many bytes
-                unsafe { self.free(other, bytes) };
+                let made = unsafe { plans.make(&self.stream, shape, [a, b, other.unwrap_or(c)]) };
+                if let Some(other) = other {
+                    // SAFETY: allocated with as many bytes
+                    unsafe { self.free(other, bytes) };
+                }
                 self.must(&name(), made);
             }
             // SAFETY: the caller's promise
