@@ -255,6 +255,18 @@ impl Gpu {
         }
     }
 
+    /// What is free in the driver's pool becomes free for any size.
+    fn trim(&self) -> Result<(), result::DriverError> {
+        if !self.pooled {
+            return Ok(());
+        }
+        // SAFETY: the device is there, and so is its pool
+        unsafe {
+            result::device::get_default_mem_pool(self.context.cu_device())
+                .and_then(|pool| result::mem_pool::trim_to(pool, 0))
+        }
+    }
+
     /// Gives all that is kept back to the driver.
     fn give_back(&self) -> Result<(), result::DriverError> {
         let all = std::mem::take(&mut self.kept().free);
@@ -280,6 +292,7 @@ impl Executor for Gpu {
                 // what is kept in other sizes, and what the work so far still holds, will be free after it
                 self.give_back()?;
                 self.stream.synchronize()?;
+                self.trim()?;
                 self.try_alloc(size)
             })
             .unwrap_or_else(|error| {

@@ -78,6 +78,7 @@ int cuStreamSynchronize(const Stream* stream) {
 }
 int cuDeviceGetDefaultMemPool(Device** pool, int ordinal) { return *pool = &devices[ordinal], 0; }
 int cuMemPoolSetAttribute(const Device*, int which, const uint64_t* value) { return which != 4 || *value != UINT64_MAX; }
+int cuMemPoolTrimTo(const Device*, size_t keep) { return keep != 0; }
 int cuMemPoolSetAccess(Device* pool, const int* access, size_t count) { // a device (1) and its number; to read and write (3)
     if (count != 1 || access[0] != 1 || access[2] != 3 || pool == &devices[access[1]]) return 1;
     return pool->open[access[1]] = true, 0;

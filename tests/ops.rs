@@ -229,7 +229,13 @@ fn table() -> Vec<Row> {
         row!("lowrank_linears", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.k, z.r], [z.m, z.r], [z.k, z.r], [z.m, 1], [z.k, 1]] => {
             let [y, z, v] = x[0].lowrank_linears([[x[1], x[2]], [x[3], x[4]], [x[5], x[6]]]);
             y + z * v
-        }),
+        })
+            .naive(|x, z| {
+                let y = |i: usize, r: usize| {
+                    naive_lowrank_linear(&[x[0].clone(), x[i].clone(), x[i + 1].clone()], &Sizes { r, ..*z })
+                };
+                y(1, z.r).iter().zip(y(3, z.r)).zip(y(5, 1)).map(|((y, z), v)| y + z * v).collect()
+            }),
         row!("add_bias", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].add_bias(x[1])).naive(naive_add_bias),
         row!("softmax", |z, x| [[z.batch, z.n, z.d]] => x[0].softmax()).naive(naive_softmax),
         row!("rms_norm", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].rms_norm(x[1], 1e-5)).drawn(Domain::OffZero)
