@@ -764,7 +764,7 @@ fn on_a_fake_driver() {
             }
         }
         // what one size leaves behind is given up for another
-        [600, 700].map(|mib| drop(Tensor::scratch(&gpu, [mib << 18])));
+        [600, 700].into_iter().for_each(|mib| drop(Tensor::scratch(&gpu, [mib << 18])));
         let too_much =
             catch_unwind(AssertUnwindSafe(|| drop(Tensor::scratch(&gpu, [1 << 20, 300])))).unwrap_err();
         let said = too_much.downcast_ref::<String>().expect("a message");
