@@ -371,6 +371,12 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     let (loss, dx) = B::cross_entropy(&x, &ids, 1.0); // [1], [n, d]
     out.push(dx);
     wide.push(loss);
+    let long = 4104; // columns that a block takes, of several warps, and not a warp
+    let [x_long, dy_long] = [10, 11].map(|seed| draw(device, seed, &[24, long])); // [24, long]
+    let (g_long, b_long) = (draw(device, 12, &[long]), draw(device, 13, &[long])); // [long]
+    let (normed, stats) = B::layer_norm(&x_long, &g_long, &b_long, 1e-5); // [24, long], [24, 2]
+    out.extend(B::layer_norm_grad(&x_long, &g_long, &stats, &dy_long));
+    out.extend([normed, B::cross_entropy(&x_long, &[4103; 24], 1.0).1]);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
     out.push(B::sum_rows(&draw(device, 6, &[600, 40])));
     let rope = Rope::new(&device.wide(), 40, 16, 10_000.0);

@@ -3,7 +3,7 @@
 //
 // Each CUDA thread is a fiber: a stack of its own that is switched to and from. Blocks run one after the other. Barriers, shuffles
 // and __syncwarp are places where a fiber waits for the others; between two of them the order of the threads is the launch's
-// `schedule`: 0 forwards, 1 backwards, others shuffled anew in every round, with whole warps held back at random. So a missing
+// `schedule`: 0 forwards, 1 backwards, others shuffled anew in every round and block, with whole warps held back at random. So a missing
 // barrier changes results. Dynamic shared memory starts as NaN, in f32 and in bf16. Asynchronous copies land at once under an odd
 // schedule, and under an even one when they are waited for.
 // Not covered: the memory model between blocks, float functions that round differently, cuBLAS, speed.
@@ -161,7 +161,7 @@ struct Random {
 };
 
 // One block; a message if it cannot end.
-inline const char* run_block(unsigned schedule) {
+inline const char* run_block(unsigned schedule, uint64_t block) {
     const unsigned n = block_size.x;
     std::vector<unsigned> order(n);
     for (unsigned i = 0; i < n; i++) {
@@ -172,7 +172,7 @@ inline const char* run_block(unsigned schedule) {
         fiber.copies.clear();
         begin_at(fiber.context, start, fiber.stack.get(), STACK);
     }
-    Random random = {schedule * 0x9E3779B97F4A7C15ull + 1};
+    Random random = {schedule * 0x9E3779B97F4A7C15ull + block * 0xD1B54A32D192ED03ull + 1};
     uint64_t held = 0; // a bit for each warp: for some rounds, so that others come far ahead
     for (;;) {
         if (schedule > 1) {
@@ -229,7 +229,7 @@ const char* launch(void (*kernel)(A...), const unsigned* grid, unsigned threads,
         const uint64_t block = schedule == 1 ? blocks - 1 - k : k;
         block_index = {unsigned(block % grid[0]), unsigned(block / grid[0] % grid[1]), unsigned(block / grid[0] / grid[1])};
         dynamic_shared.assign((shared + 15) / 16, {~0u, ~0u, ~0u, ~0u});
-        if (const char* error = run_block(schedule)) return error;
+        if (const char* error = run_block(schedule, block)) return error;
     }
     return nullptr;
 }
