@@ -6,7 +6,7 @@
 
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
-use super::plans::Plans;
+use super::plans::{Plans, WORKSPACE};
 use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
@@ -31,8 +31,6 @@ pub(super) struct Gpu {
     blas: Mutex<CudaBlas>,
     /// For single products.
     plans: Mutex<Plans>,
-    /// Theirs.
-    workspace: Address,
     functions: HashMap<(&'static str, Type), CudaFunction>,
     kept: Mutex<Kept>,
     /// What has run since somebody asked for times.
@@ -101,7 +99,7 @@ impl Cuda<f32> {
         let set = unsafe { blas_sys::cublasSetMathMode(*blas.handle(), F32_SUMS) };
         set.result().map_err(|e| failed("cuBLAS", &e))?;
         // SAFETY: the context was made this thread's own when it was opened, and the stream is alive
-        let workspace = unsafe { allocate(&stream, pooled, Plans::workspace_bytes()) }.map_err(driver)?;
+        let workspace = unsafe { allocate(&stream, pooled, WORKSPACE) }.map_err(driver)?;
         let plans =
             Plans::new(workspace, &device.name, compile::cache()).map_err(|e| failed("cuBLAS", &e))?;
         let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
@@ -119,7 +117,6 @@ impl Cuda<f32> {
             pooled,
             blas: Mutex::new(blas),
             plans: Mutex::new(plans),
-            workspace,
             functions,
             kept: Mutex::default(),
             spans: Mutex::default(),
@@ -187,8 +184,9 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // what fails here, at the end, is past mending
         self.give_back().ok();
-        // SAFETY: `plans` is not used any more
-        unsafe { self.release(self.workspace) }.ok();
+        let workspace = self.plans.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).workspace;
+        // SAFETY: the plans are not used any more
+        unsafe { self.release(workspace) }.ok();
     }
 }
 

@@ -23,7 +23,7 @@ type Algorithm = [u64; 8];
 /// Algorithms that are tried.
 const PROPOSALS: usize = 8;
 /// Bytes that an algorithm may use beside its operands, for sums that are split among blocks. What PyTorch gives it on Hopper.
-const WORKSPACE: usize = 32 << 20;
+pub(super) const WORKSPACE: usize = 32 << 20;
 /// Runs of each, of which the fastest counts; the first also loads its code.
 const RUNS: usize = 4;
 /// A proposal takes the place of one before it if it needs less than this part of its time: less is noise, and the library's order better.
@@ -33,7 +33,7 @@ const FASTER: f32 = 0.97;
 #[derive(Debug)]
 pub(super) struct Plans {
     library: sys::cublasLtHandle_t,
-    workspace: Address,
+    pub workspace: Address,
     plans: HashMap<Shape, Plan>,
     /// What was found to be fastest on this kind of device, by this process and others.
     known: HashMap<Shape, Algorithm>,
@@ -54,7 +54,7 @@ struct Plan {
 unsafe impl Send for Plans {}
 
 impl Plans {
-    /// `workspace`: [`Plans::workspace_bytes`] on the device, for as long as this is there. `device`: its name.
+    /// `workspace`: [`WORKSPACE`] bytes on the device, for as long as this is there. `device`: its name.
     pub fn new(
         workspace: Address,
         device: &str,
@@ -69,11 +69,6 @@ impl Plans {
         let text = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
         let known = text.lines().filter_map(parse).collect();
         Ok(Self { library, workspace, plans: HashMap::new(), known, file })
-    }
-
-    /// How large a workspace must be.
-    pub const fn workspace_bytes() -> usize {
-        WORKSPACE
     }
 
     /// Whether there is a plan for this shape.

@@ -4,7 +4,7 @@
 
 use super::FactorPair;
 use super::optimizer::State;
-use crate::tensor::{Backend, Tensor, items_per_task, scale_all};
+use crate::tensor::{Backend, Tensor, in_batches, items_per_task, scale_all};
 use rayon::prelude::*;
 
 /// M ← βM + (1−β)∇ for each average; returns the directions to go against: M, or with `nesterov` βM + (1−β)∇, the average
@@ -53,14 +53,5 @@ pub(crate) fn each_shape<B: Backend>(
     items: &[&Tensor<B>],
     f: impl Fn(&[&Tensor<B>]) -> Vec<Tensor<B>>,
 ) -> Vec<Tensor<B>> {
-    let mut results: Vec<Option<Tensor<B>>> = items.iter().map(|_| None).collect();
-    while let Some(first) = results.iter().position(Option::is_none) {
-        let shape = items[first].shape();
-        let members: Vec<usize> = (first..items.len()).filter(|&i| items[i].shape() == shape).collect();
-        let batch: Vec<_> = members.iter().map(|&i| items[i]).collect();
-        for (i, y) in members.into_iter().zip(f(&batch)) {
-            results[i] = Some(y);
-        }
-    }
-    results.into_iter().flatten().collect()
+    in_batches(items, |x| x.shape(), f)
 }

@@ -74,11 +74,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         r: &Tensor<Self>,
         g: &Tensor<Self>,
         eps: f64,
-    ) -> ([Tensor<Self>; 2], Tensor<Self::Wide>) {
-        let sum = x.add(r); // like x
-        let (y, inv_rms) = Self::rms_norm(&sum, g, eps); // like x, [n]
-        ([sum, y], inv_rms)
-    }
+    ) -> ([Tensor<Self>; 2], Tensor<Self::Wide>);
     /// (before + dx, dg).
     fn rms_norm_grad(
         x: &Tensor<Self>,
@@ -223,18 +219,30 @@ pub(crate) fn products<'a, B: Backend>(
 ) -> Vec<Tensor<B>> {
     let operands: Vec<_> = operands.into_iter().collect();
     let kind = |(a, b): &(Mat<B>, Mat<B>)| (a.sizes(), b.sizes(), a.transposed, b.transposed);
-    let mut all: Vec<Option<Tensor<B>>> = operands.iter().map(|_| None).collect();
-    while let Some(first) = all.iter().position(Option::is_none) {
-        let (m, n) = product_shape("products", operands[first].0, operands[first].1);
-        let alike = |&i: &usize| kind(&operands[i]) == kind(&operands[first]);
-        let members: Vec<usize> = (first..operands.len()).filter(alike).collect();
-        let (a, b): (Vec<_>, Vec<_>) = members.iter().map(|&i| operands[i]).unzip();
-        let scratch = |_: &usize| Tensor::scratch(a[0].tensor.device(), [m, n]); // [m, n]
-        let mut c: Vec<_> = members.iter().map(scratch).collect();
+    in_batches(&operands, kind, |batch| {
+        let (a, b): (Vec<_>, Vec<_>) = batch.iter().copied().unzip();
+        let (m, n) = product_shape("products", a[0], b[0]);
+        let scratch = |a: &Mat<B>| Tensor::scratch(a.tensor.device(), [m, n]); // [m, n]
+        let mut c: Vec<_> = a.iter().map(scratch).collect();
         B::gemm(&a, &b, &mut c.iter_mut().collect::<Vec<_>>(), Accum::Replace);
-        members.into_iter().zip(c).for_each(|(i, c)| all[i] = Some(c));
+        c
+    })
+}
+
+/// Applies `f` to batches of one kind each; the results come back in the order of `items`.
+pub(crate) fn in_batches<T: Copy, K: PartialEq, R>(
+    items: &[T],
+    kind: impl Fn(&T) -> K,
+    f: impl Fn(&[T]) -> Vec<R>,
+) -> Vec<R> {
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    while let Some(first) = results.iter().position(Option::is_none) {
+        let alike = |&i: &usize| kind(&items[i]) == kind(&items[first]);
+        let members: Vec<usize> = (first..items.len()).filter(alike).collect();
+        let batch: Vec<T> = members.iter().map(|&i| items[i]).collect();
+        members.into_iter().zip(f(&batch)).for_each(|(i, y)| results[i] = Some(y));
     }
-    all.into_iter().flatten().collect()
+    results.into_iter().flatten().collect()
 }
 
 /// The shape of a · b; panics at the caller's line, with both shapes, if the inner sizes differ.

@@ -11,7 +11,7 @@ mod scalar;
 mod shape;
 
 pub use backend::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Mat, Unary};
-pub(crate) use backend::{items_per_task, product_shape, products};
+pub(crate) use backend::{in_batches, items_per_task, product_shape, products};
 pub use cpu::Cpu;
 pub(crate) use cpu::simd;
 pub use scalar::{Bf16, Element, Scalar};

@@ -250,6 +250,16 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn rms_norm(x: &Tensor<Self>, g: &Tensor<Self>, eps: f64) -> (Tensor<Self>, Tensor<Self>) {
         rows::rms_norm(x, g, eps)
     }
+    fn add_rms_norm(
+        x: &Tensor<Self>,
+        r: &Tensor<Self>,
+        g: &Tensor<Self>,
+        eps: f64,
+    ) -> ([Tensor<Self>; 2], Tensor<Self>) {
+        let sum = x.add(r); // like x
+        let (y, inv_rms) = Self::rms_norm(&sum, g, eps); // like x, [n]
+        ([sum, y], inv_rms)
+    }
     fn rms_norm_grad(
         x: &Tensor<Self>,
         g: &Tensor<Self>,
