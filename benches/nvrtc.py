@@ -9,9 +9,11 @@ Architectures: 80 (A100), 90 (H100, H200), 100 (B200). PTX is compiled too, and 
 
 import argparse
 import ctypes
+import multiprocessing
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 GPU = Path(__file__).resolve().parent.parent / "gpu"
@@ -28,7 +30,7 @@ def sources() -> tuple[str, list[str]]:
     for (element, t), own in zip(ELEMENTS.items(), (f32, bf16)):
         kernels = "".join(both) + own
         common += f"#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {t} T;\n{kernels}}}\n"
-    return common, re.findall(r'"(\w+)"', text.split("NAMES")[1])
+    return common, re.findall(r'"(\w+)"', text.split("NAMES:")[1])
 
 
 def library() -> ctypes.CDLL:
@@ -41,9 +43,9 @@ def library() -> ctypes.CDLL:
     return opened if found else ctypes.CDLL("libnvrtc.so")
 
 
-def compiled(nvrtc: ctypes.CDLL, text: str, arch: str) -> tuple[bytes, str]:
+def compiled(text: str, arch: str) -> tuple[bytes, str]:
     """Machine code for arch sm_N, PTX for compute_N; and the compiler's log."""
-    program = ctypes.c_void_p()
+    nvrtc, program = library(), ctypes.c_void_p()
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--device-as-default-execution-space"]
     if arch.startswith("sm_"):
         options.append("--ptxas-options=--verbose")
@@ -91,20 +93,23 @@ def main():
     text, kernels = sources()
     names = [f"{kernel}_{element}" for element in ELEMENTS for kernel in kernels]
     tables = []
+    start = time.time()
+    images = [f"{kind}_{arch}" for arch in ARCHITECTURES for kind in ("sm", "compute")]
+    with multiprocessing.Pool() as pool:  # a process of NVRTC compiles one text at a time
+        made = dict(zip(images, pool.map(partial(compiled, text), images, chunksize=1)))
     for arch in ARCHITECTURES:
-        start = time.time()
-        ptx, _ = compiled(nvrtc, text, f"compute_{arch}")
-        cubin, log = compiled(nvrtc, text, f"sm_{arch}")
+        (ptx, _), (cubin, log) = made[f"compute_{arch}"], made[f"sm_{arch}"]
         tables.append(resources(log))
         missing = [n for n in names if f".entry {n}(".encode() not in ptx or b"\0.text." + n.encode() + b"\0" not in cubin]
         spilling = [n for n, (_, spilled, _) in tables[-1].items() if spilled > LITTLE]
         if missing or spilling:
             sys.exit(f"sm_{arch}: missing {missing}, spill more than {LITTLE} bytes: {spilling}")
         if not markdown:
-            seconds = time.time() - start
-            print(f"sm_{arch}: {len(names)} kernels by NVRTC {major.value}.{minor.value}, {len(cubin)} bytes, {seconds:.1f} s")
+            print(f"sm_{arch}: {len(names)} kernels by NVRTC {major.value}.{minor.value}, {len(cubin)} bytes")
     if not all(set(names) == set(table) for table in tables):
         sys.exit(f"ptxas reports {sorted(tables[0])}, not the kernels of gpu/kernels.rs")
+    if not markdown:
+        print(f"all of them: {time.time() - start:.1f} s")
     print("| registers: f32, bf16 | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | static shared memory, bytes |")
     print("|---" * (len(ARCHITECTURES) + 2) + "|")
     for kernel in kernels:

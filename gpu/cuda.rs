@@ -108,8 +108,7 @@ impl Cuda<f32> {
             let function = module.load_function(&kernels::name(kernel, element));
             function.map(|function| ((kernel, element), function))
         };
-        let all = Type::ALL.into_iter().flat_map(|element| kernels::NAMES.map(|kernel| (kernel, element)));
-        let functions = all.map(function).collect::<Result<_, _>>().map_err(driver)?;
+        let functions = kernels::all().into_iter().map(function).collect::<Result<_, _>>().map_err(driver)?;
         Ok(Self::on(Arc::new(Gpu {
             ordinal,
             context,

@@ -18,13 +18,23 @@ const BF16: (&str, &str) = ("attention_bf16.cu", include_str!("kernels/attention
 /// The translation unit: in a namespace for each type of elements, T is the type and ELEMENT its name. `#line` lets a compiler's
 /// messages name the file.
 pub fn source() -> String {
+    source_of(&all())
+}
+
+/// A translation unit of only those files that have one of these kernels.
+pub fn source_of(kernels: &[(&str, Type)]) -> String {
     let file = |(name, text): (&str, &str)| format!("#line 1 \"{name}\"\n{text}");
-    let both = BOTH.map(file).concat();
     let of = |element: Type| {
-        let (c, own) = match element {
-            Type::F32 => ("float", file(F32)),
-            Type::Bf16 => ("Bf16", file(BF16)),
+        let (c, attention) = match element {
+            Type::F32 => ("float", F32),
+            Type::Bf16 => ("Bf16", BF16),
         };
+        let wanted = |attention| {
+            let is = |&(name, of): &(&str, Type)| of == element && name.starts_with("attention") == attention;
+            kernels.iter().any(is)
+        };
+        let both = if wanted(false) { BOTH.map(file).concat() } else { String::new() };
+        let own = if wanted(true) { file(attention) } else { String::new() };
         format!(
             "#undef ELEMENT\n#define ELEMENT {element}\nnamespace in_{element} {{\ntypedef {c} T;\n{both}{own}}}\n"
         )
@@ -32,12 +42,17 @@ pub fn source() -> String {
     file(COMMON) + &Type::ALL.map(of).concat()
 }
 
+/// All kernels: each name of [`NAMES`] for each type of elements.
+pub fn all() -> Vec<(&'static str, Type)> {
+    Type::ALL.into_iter().flat_map(|element| NAMES.map(|kernel| (kernel, element))).collect()
+}
+
 /// The name of a kernel in the translation unit.
 pub fn name(kernel: &str, element: Type) -> String {
     format!("{kernel}_{element}")
 }
 
-/// All kernels, each of which is there for each type of elements.
+/// The kernels, each of which is there for each type of elements.
 pub const NAMES: [&str; 40] = [
     "fill",
     "widen",

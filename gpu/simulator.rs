@@ -37,26 +37,31 @@ impl Simulator {
     /// # Errors
     /// That there is no compiler, or what it says.
     pub fn new() -> Result<Self, String> {
-        Self::with(&kernels::source(), &[])
+        Self::with(&kernels::source(), &kernels::all(), &[])
     }
 
-    /// Other sources with the same kernels, and more options of the compiler.
+    /// Another source, the kernels that are to be called in it, and more options of the compiler.
     ///
     /// # Errors
     /// As for [`Simulator::new`].
-    pub fn with(source: &str, options: &[&str]) -> Result<Self, String> {
+    pub fn with(source: &str, kernels: &[(&str, Type)], options: &[&str]) -> Result<Self, String> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("rankgrad-simulator-{}-{number}", std::process::id()));
         std::fs::create_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        let opened = Self::compile(&folder, source, options);
+        let opened = Self::compile(&folder, source, kernels, options);
         std::fs::remove_dir_all(&folder).ok(); // what is loaded stays
         opened
     }
 
-    fn compile(folder: &Path, source: &str, options: &[&str]) -> Result<Self, String> {
+    fn compile(
+        folder: &Path,
+        source: &str,
+        kernels: &[(&str, Type)],
+        options: &[&str],
+    ) -> Result<Self, String> {
         let library = folder.join("kernels.so");
-        Self::build(&library, source, options)?;
+        Self::build(&library, source, kernels, options)?;
         // SAFETY: a library that this function has made; its initialisers are those of the C++ library
         let library = unsafe { libloading::Library::new(&library) }.map_err(|e| e.to_string())?;
         // SAFETY: simulator.h defines the function with this type
@@ -68,10 +73,15 @@ impl Simulator {
     ///
     /// # Errors
     /// As for [`Simulator::new`].
-    pub fn build(library: &Path, source: &str, options: &[&str]) -> Result<(), String> {
+    pub fn build(
+        library: &Path,
+        source: &str,
+        kernels: &[(&str, Type)],
+        options: &[&str],
+    ) -> Result<(), String> {
         let text = library.with_extension("cpp");
-        let row = |element| kernels::NAMES.map(|kernel| format!("SIMULATE({element}, {kernel})\n")).concat();
-        let table = Type::ALL.map(row).concat();
+        let row = |(kernel, element): &(&str, Type)| format!("SIMULATE({element}, {kernel})\n");
+        let table: String = kernels.iter().map(row).collect();
         let host = include_str!("simulator/simulator.h");
         let all = format!("#line 1 \"simulator.h\"\n{host}{source}\nSIMULATE_BEGIN\n{table}SIMULATE_END\n");
         std::fs::write(&text, all).map_err(|e| format!("{}: {e}", text.display()))?;

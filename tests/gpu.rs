@@ -9,7 +9,6 @@ mod common;
 use common::{gpu, rng, skip_without_compiler};
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape};
-#[cfg(feature = "cuda")]
 use rankgrad::gpu::executor::Type;
 use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 #[cfg(feature = "cuda")]
@@ -412,22 +411,33 @@ fn attentions<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     [(40, true), (20, false), (72, true)].into_iter().flat_map(of).collect()
 }
 
-/// Whether the workload, or attention alone, so many times and under as many schedules, is right to the rounding of T.
-fn is_right<T: OnGpu>(device: &Cuda<f32>, times: usize, attention_alone: bool) -> bool {
-    fn work<T: Element, B: Backend>(device: &B, attention_alone: bool) -> Vec<Vec<f64>> {
-        if attention_alone { attentions::<T, B>(device) } else { workload::<T, B>(device) }
+/// Which kernels work.
+#[derive(Clone, Copy)]
+enum Work {
+    All,
+    ButAttention,
+    Attention,
+}
+
+/// Whether that work, so many times and under as many schedules, is right to the rounding of T.
+fn is_right<T: OnGpu>(device: &Cuda<f32>, times: usize, work: Work) -> bool {
+    fn done<T: Element, B: Backend>(device: &B, work: Work) -> Vec<Vec<f64>> {
+        match work {
+            Work::All => workload::<T, B>(device),
+            Work::ButAttention => simple_ops::<T, B>(device),
+            Work::Attention => attentions::<T, B>(device),
+        }
     }
-    let (device, exact) =
-        (device.with_elements::<T>(), work::<T, _>(&Cpu::<f64>::default(), attention_alone));
+    let (device, exact) = (device.with_elements::<T>(), done::<T, _>(&Cpu::<f64>::default(), work));
     let allowed = 1e-5f64.max(4.0 * T::UNIT_ROUNDOFF); // some of the inputs here were computed, and rounded
     let once = || {
-        let results = work::<T, _>(&device, attention_alone);
+        let results = done::<T, _>(&device, work);
         results.iter().zip(&exact).all(|(x, exact)| distance(x, exact) < allowed)
     };
     (0..times).all(|_| catch_unwind(AssertUnwindSafe(once)).unwrap_or(false)) // the simulator panics at what it sees
 }
 
-/// The types in whose kernels a bug is; if it is in one only, it is in attention.
+/// The types in whose kernels a bug is; if it is in one only, it is in attention, and else not in attention.
 #[derive(Clone, Copy, Debug)]
 enum In {
     Both,
@@ -437,18 +447,33 @@ enum In {
 
 #[test]
 fn planted_bugs_are_found() {
-    let run = |source: &str, types: In| -> Option<Vec<bool>> {
-        let opened = skip_without_compiler(Simulator::with(source, &["-O1"]))?;
+    // only the files that have the bug, since compiling them is most of the work
+    let source = |types: In| {
+        let mut kernels = kernels::all();
+        kernels.retain(|&(kernel, element)| match types {
+            In::Both => !kernel.starts_with("attention"),
+            In::F32 => kernel.starts_with("attention") && element == Type::F32,
+            In::Bf16 => kernel.starts_with("attention") && element == Type::Bf16,
+        });
+        (kernels::source_of(&kernels), kernels)
+    };
+    let run = |source: &str, kernels: &[(&str, Type)], types: In| -> Option<Vec<bool>> {
+        let opened = skip_without_compiler(Simulator::with(source, kernels, &["-O1"]))?;
         let device = Cuda::on(Arc::new(opened));
         Some(match types {
-            In::Both => vec![is_right::<f32>(&device, 10, false), is_right::<Bf16>(&device, 10, false)],
-            In::F32 => vec![is_right::<f32>(&device, 10, true)],
-            In::Bf16 => vec![is_right::<Bf16>(&device, 10, true)],
+            In::Both => vec![
+                is_right::<f32>(&device, 10, Work::ButAttention),
+                is_right::<Bf16>(&device, 10, Work::ButAttention),
+            ],
+            In::F32 => vec![is_right::<f32>(&device, 10, Work::Attention)],
+            In::Bf16 => vec![is_right::<Bf16>(&device, 10, Work::Attention)],
         })
     };
-    let source = kernels::source();
-    let Some(right) = run(&source, In::Both) else { return };
-    assert_eq!(right, [true; 2], "the kernels as they are");
+    for types in [In::Both, In::F32, In::Bf16] {
+        let (source, kernels) = source(types);
+        let Some(right) = run(&source, &kernels, types) else { return };
+        assert!(!right.contains(&false), "the kernels as they are: {types:?}: {right:?}");
+    }
     let bugs = [
         (
             In::Both,
@@ -644,8 +669,9 @@ fn planted_bugs_are_found() {
         (In::Bf16, "lanes that share no row", "h <= 32 ? 4", "h <= 32 ? 2"),
     ];
     bugs.par_iter().for_each(|&(types, what, from, to)| {
+        let (source, kernels) = source(types);
         assert!(source.contains(from), "{what}: the source has changed: {from}");
-        let right = run(&source.replace(from, to), types).expect("it compiled before");
+        let right = run(&source.replace(from, to), &kernels, types).expect("it compiled before");
         assert!(!right.contains(&true), "not found in {types:?}: {what}: {right:?}");
     });
 }
@@ -664,10 +690,9 @@ fn nvrtc_compiles_the_kernels() {
     assert!(cubin.starts_with(b"\x7fELF"));
     let ptx = rankgrad::gpu::compile(&source, "compute_80").unwrap();
     let ptx = String::from_utf8_lossy(&ptx);
-    for name in kernels::NAMES {
-        for name in Type::ALL.map(|element| kernels::name(name, element)) {
-            assert!(ptx.contains(&format!(".entry {name}(")), "{name}");
-        }
+    for (kernel, element) in kernels::all() {
+        let name = kernels::name(kernel, element);
+        assert!(ptx.contains(&format!(".entry {name}(")), "{name}");
     }
     let error = rankgrad::gpu::compile("KERNEL", "sm_90").unwrap_err();
     assert!(error.contains("kernels.cu(1): error"), "{error}");
@@ -685,7 +710,7 @@ fn cuda_calls_do_what_they_should() {
     let library = folder.join("libcuda.so");
     let source =
         format!("{}\n#line 1 \"fake_cuda.cpp\"\n{}", kernels::source(), include_str!("fake_cuda.cpp"));
-    if skip_without_compiler(Simulator::build(&library, &source, &[])).is_some() {
+    if skip_without_compiler(Simulator::build(&library, &source, &kernels::all(), &[])).is_some() {
         for name in ["libcublas.so", "libcublasLt.so", "libnvrtc.so", "libnccl.so.2"] {
             std::fs::hard_link(&library, folder.join(name)).unwrap();
         }
@@ -714,8 +739,8 @@ fn on_a_fake_driver() {
     for _ in 0..2 {
         let gpu = Cuda::open(0).unwrap(); // the second time from the cache
         // from several threads: each has to enter the context
-        [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right::<f32>(&gpu, times, false)));
-        assert!(is_right::<Bf16>(&gpu, 1, false));
+        [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right::<f32>(&gpu, times, Work::All)));
+        assert!(is_right::<Bf16>(&gpu, 1, Work::All));
         for (gpu, exact) in spectron_steps(&gpu).iter().zip(&spectron_steps(&cpu)) {
             assert!(distance(gpu, exact) < 1e-4);
         }
@@ -852,9 +877,9 @@ fn nccl_on_one_gpu() {
 /// Where the processor is no x86-64 the fibers are made by the C library. The same there.
 #[test]
 fn the_other_way_to_switch_fibers() {
-    let opened = Simulator::with(&kernels::source(), &["-DSIMULATOR_UCONTEXT"]);
+    let opened = Simulator::with(&kernels::source(), &kernels::all(), &["-DSIMULATOR_UCONTEXT"]);
     let Some(opened) = skip_without_compiler(opened) else { return };
-    assert!(is_right::<f32>(&Cuda::on(Arc::new(opened)), 2, false));
+    assert!(is_right::<f32>(&Cuda::on(Arc::new(opened)), 2, Work::All));
 }
 
 #[test]

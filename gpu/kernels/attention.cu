@@ -8,13 +8,7 @@
 // (and C of them, 32 apart, where h is up to 32·C).
 
 #define TILE 32u
-#define THREADS 128u
 #define ROWS (TILE * WARP / THREADS)
-
-struct Layout {
-    u32 tq, tk, heads, kv_heads, h, causal;
-    float scale;
-};
 
 // A tile in shared memory: rows as wide as C·32 columns, and one more, so that equal columns of 32 rows lie in 32 banks.
 template <u32 C> struct Tile {
@@ -66,14 +60,14 @@ __device__ void store(T* head, u64 stride, u32 first, u32 end, u32 h, const floa
 }
 
 // Whether query i sees a key: none after its own position, where the queries are the last positions.
-__device__ bool sees(u32 i, u32 key, const Layout& z) { return key < z.tk && (!z.causal || key + z.tq <= i + z.tk); }
+__device__ bool sees(u32 i, u32 key, const AttentionLayout& z) { return key < z.tk && (!z.causal || key + z.tq <= i + z.tk); }
 
 // One more than the last key that a query before `end` sees.
-__device__ u32 keys_before(u32 end, const Layout& z) { return z.causal ? (end < z.tq ? end : z.tq) + z.tk - z.tq : z.tk; }
+__device__ u32 keys_before(u32 end, const AttentionLayout& z) { return z.causal ? (end < z.tq ? end : z.tq) + z.tk - z.tq : z.tk; }
 
 // O = P·V, P = softmax(scale·Q·Kᵀ), the sum of P's row and its maximum carried along. Grid: tiles of queries, heads, batch.
 template <u32 C>
-__device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, const Layout z) {
+__device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, const AttentionLayout z) {
     DYNAMIC_SHARED(shared);
     float *sq = shared, *sk = sq + Tile<C>::SIZE, *sv = sk + Tile<C>::SIZE, *sp = sv + Tile<C>::SIZE;
     const u32 lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * ROWS;
@@ -133,7 +127,7 @@ KERNEL(attention_delta)(const T* o, const T* dout, float* delta, u64 rows, u32 h
 // Queries stand, keys pass. Grid as above.
 template <u32 C>
 __device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,
-                             const Layout z) {
+                             const AttentionLayout z) {
     DYNAMIC_SHARED(shared);
     float *sq = shared, *sd = sq + Tile<C>::SIZE, *sk = sd + Tile<C>::SIZE, *sv = sk + Tile<C>::SIZE, *sp = sv + Tile<C>::SIZE;
     const u32 lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * ROWS;
@@ -172,7 +166,7 @@ __device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, 
 // keys, key/value heads, batch.
 template <u32 C>
 __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,
-                              T* dv, const Layout z) {
+                              T* dv, const AttentionLayout z) {
     DYNAMIC_SHARED(shared);
     float *sk = shared, *sv = sk + Tile<C>::SIZE, *sq = sv + Tile<C>::SIZE, *sd = sq + Tile<C>::SIZE;
     float *sp = sd + Tile<C>::SIZE, *ss = sp + TILE * TILE;
@@ -214,21 +208,6 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
     store<C>(dv + at, kv_stride, first, z.tk, z.h, sum_v, one);
 }
 
-// The kernels for head sizes up to 32·C; attention_bf16.cu defines its own by the same macro.
-#define BOUNDED(name) extern "C" __global__ void __launch_bounds__(THREADS) NAME(name, ELEMENT)
-#define ATTENTION(C)                                                                                                               \
-    BOUNDED(attention_##C)(const T* q, const T* k, const T* v, T* o, float* lse, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h,   \
-                           u32 causal, float scale) {                                                                              \
-        attention<C>(q, k, v, o, lse, {tq, tk, heads, kv_heads, h, causal, scale});                                                \
-    }                                                                                                                              \
-    BOUNDED(attention_dq_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,      \
-                              u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                           \
-        attention_dq<C>(q, k, v, dout, lse, delta, dq, {tq, tk, heads, kv_heads, h, causal, scale});                               \
-    }                                                                                                                              \
-    BOUNDED(attention_dkv_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,     \
-                               T* dv, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                   \
-        attention_dkv<C>(q, k, v, dout, lse, delta, dk, dv, {tq, tk, heads, kv_heads, h, causal, scale});                          \
-    }
 ATTENTION(1)
 ATTENTION(2)
 ATTENTION(4)

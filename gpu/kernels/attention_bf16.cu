@@ -14,7 +14,7 @@
 // 2t and 2t + 1; two such blocks side by side, rounded, are its part of a 16×16 factor of the next product: P goes from the
 // first to the second without leaving its lanes.
 
-struct Layout {
+struct AttentionLayout {
     u32 tq, tk, heads, kv_heads, h, causal;
     float scale;
 };
@@ -192,13 +192,13 @@ __device__ float max_of_row(float x) {
 
 // How many keys query i sees: none after its own position, where the queries are the last positions. Rows beyond the last query
 // see all: nothing is stored of them.
-__device__ u32 keys_seen(u32 i, const Layout& z) { return z.causal && i < z.tq ? i + 1 + z.tk - z.tq : z.tk; }
+__device__ u32 keys_seen(u32 i, const AttentionLayout& z) { return z.causal && i < z.tq ? i + 1 + z.tk - z.tq : z.tk; }
 
 // The first query that sees a key.
-__device__ u32 first_query(u32 key, const Layout& z) { return z.causal && key + z.tq > z.tk ? key + z.tq - z.tk : 0; }
+__device__ u32 first_query(u32 key, const AttentionLayout& z) { return z.causal && key + z.tq > z.tk ? key + z.tq - z.tk : 0; }
 
 // −∞ for keys that a query does not see. i, key: the lane's first row and column.
-template <u32 M, u32 N> __device__ void hide_keys(Sums<M, N>& s, u32 i, u32 key, const Layout& z) {
+template <u32 M, u32 N> __device__ void hide_keys(Sums<M, N>& s, u32 i, u32 key, const AttentionLayout& z) {
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
 #pragma unroll
@@ -214,7 +214,7 @@ template <u32 M, u32 N> __device__ void hide_keys(Sums<M, N>& s, u32 i, u32 key,
 }
 
 // −∞ for queries that do not see a key, scores being transposed. key, i: the lane's first row and column.
-template <u32 M, u32 N> __device__ void hide_queries(Sums<M, N>& s, u32 key, u32 i, const Layout& z) {
+template <u32 M, u32 N> __device__ void hide_queries(Sums<M, N>& s, u32 key, u32 i, const AttentionLayout& z) {
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
 #pragma unroll
@@ -231,7 +231,7 @@ template <u32 M, u32 N> __device__ void hide_queries(Sums<M, N>& s, u32 key, u32
 
 // O = P·V, P = softmax(scale·Q·Kᵀ), the sum of P's row and the maximum carried along. Grid: tiles of queries, heads, batch.
 template <u32 C>
-__device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, const Layout z) {
+__device__ void attention(const T* q, const T* k, const T* v, T* o, float* lse, const AttentionLayout z) {
     constexpr u32 M = Size<C>::M, STANDING = Size<C>::STANDING, PASSING = Size<C>::PASSING, N = PASSING, WIDTH = Size<C>::WIDTH;
     DYNAMIC_SHARED(shared);
     T *sq = (T*)shared, *sk = sq + STANDING * WIDTH, *sv = sk + 2 * PASSING * WIDTH;
@@ -336,7 +336,7 @@ KERNEL(attention_delta)(const T* o, const T* dout, float* delta, u64 rows, u32 h
 // Queries stand, keys pass. Grid as above.
 template <u32 C>
 __device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,
-                             const Layout z) {
+                             const AttentionLayout z) {
     constexpr u32 M = Size<C>::M, STANDING = Size<C>::STANDING, PASSING = Size<C>::PASSING_BACK, N = 32, WIDTH = Size<C>::WIDTH;
     DYNAMIC_SHARED(shared);
     T *sq = (T*)shared, *sd = sq + STANDING * WIDTH, *sk = sd + STANDING * WIDTH, *sv = sk + 2 * PASSING * WIDTH;
@@ -403,7 +403,7 @@ __device__ void attention_dq(const T* q, const T* k, const T* v, const T* dout, 
 // transposed: a lane's rows are keys. Grid: tiles of keys, key/value heads, batch.
 template <u32 C>
 __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,
-                              T* dv, const Layout z) {
+                              T* dv, const AttentionLayout z) {
     constexpr u32 M = Size<C>::M, STANDING = Size<C>::STANDING, PASSING = Size<C>::PASSING_BACK, N = 32, WIDTH = Size<C>::WIDTH;
     DYNAMIC_SHARED(shared);
     T *sk = (T*)shared, *sv = sk + STANDING * WIDTH, *sq = sv + STANDING * WIDTH, *sd = sq + 2 * PASSING * WIDTH;
@@ -487,7 +487,6 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const T* dout,
     store<C, M>(dv + at, kv_stride, first, z.tk, z.h, sum_v, one, sv);
 }
 
-// attention.cu, which comes before, says what their names and arguments are.
 ATTENTION(1)
 ATTENTION(2)
 ATTENTION(4)

@@ -319,3 +319,28 @@ __device__ void multiply_add(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1)
 }
 
 #endif
+
+// ---- attention: what attention.cu and attention_bf16.cu have alike
+
+#define THREADS 128u
+
+struct AttentionLayout {
+    u32 tq, tk, heads, kv_heads, h, causal;
+    float scale;
+};
+
+// The kernels for head sizes up to 32·C, of the functions that each of the two files has.
+#define BOUNDED(name) extern "C" __global__ void __launch_bounds__(THREADS) NAME(name, ELEMENT)
+#define ATTENTION(C)                                                                                                               \
+    BOUNDED(attention_##C)(const T* q, const T* k, const T* v, T* o, float* lse, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h,   \
+                           u32 causal, float scale) {                                                                              \
+        attention<C>(q, k, v, o, lse, {tq, tk, heads, kv_heads, h, causal, scale});                                                \
+    }                                                                                                                              \
+    BOUNDED(attention_dq_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dq,      \
+                              u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                           \
+        attention_dq<C>(q, k, v, dout, lse, delta, dq, {tq, tk, heads, kv_heads, h, causal, scale});                               \
+    }                                                                                                                              \
+    BOUNDED(attention_dkv_##C)(const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, T* dk,     \
+                               T* dv, u32 tq, u32 tk, u32 heads, u32 kv_heads, u32 h, u32 causal, float scale) {                   \
+        attention_dkv<C>(q, k, v, dout, lse, delta, dk, dv, {tq, tk, heads, kv_heads, h, causal, scale});                          \
+    }

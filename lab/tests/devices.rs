@@ -145,7 +145,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let small = "dim = 16\nlayers = 2\nheads = 2\nffn = 24\ncontext = 16\nbatch = 4\n";
     let desk = common::Desk::new(small);
     let source = format!("{}\n{}", kernels::source(), include_str!("../../tests/fake_cuda.cpp"));
-    match Simulator::build(&desk.path("libcuda.so"), &source, &[]) {
+    match Simulator::build(&desk.path("libcuda.so"), &source, &kernels::all(), &[]) {
         Err(why) if why.starts_with("no C++ compiler") => return println!("skipped: {why}"),
         built => built.unwrap(),
     }
