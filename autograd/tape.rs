@@ -1,10 +1,12 @@
 //! The tape, its variables and their gradients. No sorting, no recursion, no gradient stored on a value, nothing to reset.
 //!
 //! Times and the search for what is not finite are in watch.rs.
+//! Gradients of leaves are in [`Backend::Wide`], where they are not rounded to fewer bits: many products add to each, and an optimizer
+//! reads them. Those of all else have the tape's elements.
 //! Letters: x, y variables; dy the gradient of the loss with respect to y.
 
 use super::watch::Clock;
-use crate::tensor::{Accum, Backend, Mat, Shape, Tensor, products};
+use crate::tensor::{Accum, Backend, Mat, Shape, Tensor};
 use std::cell::{Cell, RefCell};
 use std::panic::Location;
 
@@ -179,7 +181,7 @@ impl<'t, B: Backend> Var<'t, B> {
     /// # Panics
     /// Also if a gradient has not the shape of its leaf.
     #[track_caller]
-    pub fn backward_onto(self, before: impl IntoIterator<Item = (VarId, Tensor<B>)>) -> Grads<B> {
+    pub fn backward_onto(self, before: impl IntoIterator<Item = (VarId, Tensor<B::Wide>)>) -> Grads<B> {
         let shape = self.shape();
         assert!(shape.len() == 1, "backward: the loss has shape {shape}; reduce it with sum() or mean()");
         let tape = self.tape;
@@ -188,13 +190,23 @@ impl<'t, B: Backend> Var<'t, B> {
             let nodes = tape.nodes.borrow();
             Grads {
                 slots: nodes.iter().map(|_| None).collect(),
+                leaves: nodes.iter().map(|_| None).collect(),
+                is_leaf: nodes.iter().map(|node| node.wanted && node.backward.is_none()).collect(),
                 shapes: nodes.iter().map(|node| node.shape).collect(),
                 wanted: nodes.iter().map(|node| node.wanted).collect(),
                 seed: Tensor::full(&tape.device, shape, 1.0), // like the loss
             }
         };
-        before.into_iter().for_each(|(leaf, gradient)| grads.add(leaf, gradient));
-        grads.slots[self.id.0] = Some(grads.seed.clone());
+        for (leaf, gradient) in before {
+            grads.fits(leaf, gradient.shape());
+            assert!(
+                grads.is_leaf[leaf.0],
+                "backward_onto: the variable of shape {} is no leaf",
+                gradient.shape()
+            );
+            grads.leaves[leaf.0] = Some(gradient);
+        }
+        grads.add(self.id, grads.seed.clone());
         // each borrow ends before `backward` runs, so that it may look at the tape
         let last = || tape.nodes.borrow_mut().pop();
         while let Some(node) = last() {
@@ -211,7 +223,10 @@ impl<'t, B: Backend> Var<'t, B> {
 
 /// Gradients by variable. After [`Var::backward`], those of the leaves.
 pub struct Grads<B: Backend> {
+    /// Of what is no leaf.
     slots: Vec<Option<Tensor<B>>>,
+    leaves: Vec<Option<Tensor<B::Wide>>>,
+    is_leaf: Vec<bool>,
     shapes: Vec<Shape>,
     wanted: Vec<bool>,
     seed: Tensor<B>,
@@ -223,6 +238,12 @@ impl<B: Backend> Grads<B> {
         self.wanted[x.0]
     }
 
+    #[track_caller]
+    fn fits(&self, x: VarId, given: Shape) {
+        let shape = self.shapes[x.0];
+        assert!(given == shape, "gradient: {given} for a variable of shape {shape}");
+    }
+
     /// Adds `dx` to the gradient of `x`.
     ///
     /// # Panics
@@ -232,11 +253,11 @@ impl<B: Backend> Grads<B> {
         if !self.wants(x) {
             return;
         }
-        let shape = self.shapes[x.0];
-        assert!(dx.shape() == shape, "gradient: {} for a variable of shape {shape}", dx.shape());
-        match &mut self.slots[x.0] {
-            Some(sum) => sum.axpby(1.0, &dx, 1.0),
-            empty => *empty = Some(dx),
+        self.fits(x, dx.shape());
+        if self.is_leaf[x.0] {
+            add_to(&mut self.leaves[x.0], B::widen(&[&dx]).remove(0)); // like x
+        } else {
+            add_to(&mut self.slots[x.0], dx);
         }
     }
 
@@ -247,34 +268,55 @@ impl<B: Backend> Grads<B> {
             return;
         }
         let (a, b) = (a.into(), b.into());
-        match &mut self.slots[x.0] {
-            Some(sum) => B::gemm(&[a], &[b], &mut [sum], Accum::Add),
-            empty => {
-                let mut sum = Tensor::scratch(a.tensor.device(), self.shapes[x.0]); // like x
-                B::gemm(&[a], &[b], &mut [&mut sum], Accum::Replace);
-                *empty = Some(sum);
-            }
+        let device = a.tensor.device();
+        if self.is_leaf[x.0] {
+            let (sum, accum) = or_scratch(self.leaves[x.0].take(), &device.wide(), self.shapes[x.0]); // like x
+            B::gemm_wide(&[a], &[b], &mut [self.leaves[x.0].insert(sum)], accum);
+        } else {
+            let (sum, accum) = or_scratch(self.slots[x.0].take(), device, self.shapes[x.0]); // like x
+            B::gemm(&[a], &[b], &mut [self.slots[x.0].insert(sum)], accum);
         }
     }
 
-    /// The gradient of `x`, or None if the loss does not depend on it.
-    pub fn get(&self, x: Var<'_, B>) -> Option<&Tensor<B>> {
-        self.slots[x.id.0].as_ref()
+    /// The gradient of the leaf `x`, or None if the loss does not depend on it.
+    pub fn get(&self, x: Var<'_, B>) -> Option<&Tensor<B::Wide>> {
+        self.leaves[x.id.0].as_ref()
     }
 
-    /// Takes out what has been added to the gradient of `x`, for a backward that adds its own to it and gives the sum to [`Grads::add`].
+    /// Takes out what has been added to the gradient of `x`, which is no leaf, for a backward that adds its own to it and gives the sum
+    /// to [`Grads::add`].
     pub fn taken(&mut self, x: VarId) -> Option<Tensor<B>> {
         self.slots[x.0].take()
     }
 
-    /// [`Grads::matmul`] of each product; those for variables without a gradient, and of one shape, in one batch.
+    /// [`Grads::matmul`] of each product; those for leaves, and of one shape, in one batch.
     #[track_caller]
     pub(super) fn matmuls(&mut self, all: Vec<(VarId, Mat<'_, B>, Mat<'_, B>)>) {
-        let wanted = all.into_iter().filter(|(x, ..)| self.wants(*x));
-        let (first, more): (Vec<_>, Vec<_>) = wanted.partition(|(x, ..)| self.slots[x.0].is_none());
-        let sums = products(first.iter().map(|&(_, a, b)| (a, b))); // like each x
-        first.into_iter().zip(sums).for_each(|((x, ..), dx)| self.add(x, dx));
-        more.into_iter().for_each(|(x, a, b)| self.matmul(x, a, b));
+        let (mut left, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|(x, ..)| self.is_leaf[x.0]);
+        others.into_iter().for_each(|(x, a, b)| self.matmul(x, a, b));
+        while let Some((first, a, b)) = left.first() {
+            let kind = |a: &Mat<B>, b: &Mat<B>| (a.sizes(), b.sizes(), a.transposed, b.transposed);
+            let (of_one_kind, begun) = (kind(a, b), self.leaves[first.0].is_some());
+            let mut sums: Vec<(VarId, Tensor<B::Wide>)> = Vec::new();
+            let (mut left_operands, mut right_operands, mut later) = (Vec::new(), Vec::new(), Vec::new());
+            for (x, a, b) in left {
+                // a leaf that occurs twice is in two batches
+                let alike = kind(&a, &b) == of_one_kind && self.leaves[x.0].is_some() == begun;
+                if !alike || sums.iter().any(|(other, _)| *other == x) {
+                    later.push((x, a, b));
+                    continue;
+                }
+                let device = a.tensor.device().wide();
+                sums.push((x, or_scratch(self.leaves[x.0].take(), &device, self.shapes[x.0]).0)); // like x
+                left_operands.push(a);
+                right_operands.push(b);
+            }
+            let accum = if begun { Accum::Add } else { Accum::Replace };
+            let mut c: Vec<_> = sums.iter_mut().map(|(_, sum)| sum).collect();
+            B::gemm_wide(&left_operands, &right_operands, &mut c, accum);
+            sums.into_iter().for_each(|(x, sum)| self.leaves[x.0] = Some(sum));
+            left = later;
+        }
     }
 
     /// The value of a one-element gradient. For the 1 that a backward begins with, the device need not be waited for.
@@ -282,10 +324,25 @@ impl<B: Backend> Grads<B> {
         if std::ptr::eq(dy.buffer(), self.seed.buffer()) { 1.0 } else { dy.item() }
     }
 
-    /// Takes the gradient of `x` out; zeros if the loss does not depend on it.
-    pub fn take(&mut self, x: VarId, device: &B) -> Tensor<B> {
-        let slot = self.slots[x.0].take();
-        slot.unwrap_or_else(|| Tensor::zeros(device, self.shapes[x.0])) // like x
+    /// Takes the gradient of the leaf `x` out; zeros if the loss does not depend on it.
+    pub fn take(&mut self, x: VarId, device: &B) -> Tensor<B::Wide> {
+        let gradient = self.leaves[x.0].take();
+        gradient.unwrap_or_else(|| Tensor::zeros(&device.wide(), self.shapes[x.0])) // like x
+    }
+}
+
+fn add_to<B: Backend>(sum: &mut Option<Tensor<B>>, dx: Tensor<B>) {
+    match sum {
+        Some(sum) => sum.axpby(1.0, &dx, 1.0),
+        empty => *empty = Some(dx),
+    }
+}
+
+/// What there is to add a product to, or room for it.
+fn or_scratch<B: Backend>(sum: Option<Tensor<B>>, device: &B, shape: Shape) -> (Tensor<B>, Accum) {
+    match sum {
+        Some(sum) => (sum, Accum::Add),
+        None => (Tensor::scratch(device, shape), Accum::Replace), // shape
     }
 }
 

@@ -367,40 +367,10 @@ impl<T: OnGpu> Backend for Cuda<T> {
     }
 
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
-        assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
-        let Some(first) = a.first() else { return };
-        let ((m, k), n) = (first.sizes(), b[0].sizes().1);
-        let transposed = [first.transposed, b[0].transposed];
-        if m * n == 0 {
-            return;
-        }
-        let operands = a.iter().zip(b).zip(c.iter_mut()).map(|((a, b), c)| {
-            assert!(
-                a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
-                "gemm: {a} · {b} → {}: every product of a batch has one shape",
-                c.shape()
-            );
-            assert!(
-                [a.transposed, b.transposed] == transposed,
-                "gemm: {a} · {b}: every product of a batch is of one kind"
-            );
-            let (a, b) = (checked::<T>(a.tensor.buffer(), m * k), checked::<T>(b.tensor.buffer(), k * n));
-            [a.address, b.address, checked::<T>(c.buffer_mut(), m * n).address]
-        });
-        let operands = operands.collect();
-        let device = first.tensor.device();
-        // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
-        unsafe {
-            device.executor.gemm(&Gemm {
-                element: T::TYPE,
-                m,
-                k,
-                n,
-                transposed,
-                add: accum == Accum::Add,
-                operands,
-            });
-        }
+        multiply(a, b, c, accum);
+    }
+    fn gemm_wide(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Cuda<f32>>], accum: Accum) {
+        multiply(a, b, c, accum);
     }
 
     fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
@@ -738,6 +708,51 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let args = args![w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, (1.0 / s.bias2) as f32, n];
         // SAFETY: (w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, inv_bias2, n)
         unsafe { g.device().each("adamw", g.len(), args) };
+    }
+}
+
+/// [`Backend::gemm`] with sums in elements of type R.
+#[track_caller]
+fn multiply<T: OnGpu, R: OnGpu>(
+    a: &[Mat<Cuda<T>>],
+    b: &[Mat<Cuda<T>>],
+    c: &mut [&mut Tensor<Cuda<R>>],
+    accum: Accum,
+) {
+    assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
+    let Some(first) = a.first() else { return };
+    let ((m, k), n) = (first.sizes(), b[0].sizes().1);
+    let transposed = [first.transposed, b[0].transposed];
+    if m * n == 0 {
+        return;
+    }
+    let operands = a.iter().zip(b).zip(c.iter_mut()).map(|((a, b), c)| {
+        assert!(
+            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
+            "gemm: {a} · {b} → {}: every product of a batch has one shape",
+            c.shape()
+        );
+        assert!(
+            [a.transposed, b.transposed] == transposed,
+            "gemm: {a} · {b}: every product of a batch is of one kind"
+        );
+        let (a, b) = (checked::<T>(a.tensor.buffer(), m * k), checked::<T>(b.tensor.buffer(), k * n));
+        [a.address, b.address, checked::<R>(c.buffer_mut(), m * n).address]
+    });
+    let operands = operands.collect();
+    let device = first.tensor.device();
+    // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
+    unsafe {
+        device.executor.gemm(&Gemm {
+            element: T::TYPE,
+            result: R::TYPE,
+            m,
+            k,
+            n,
+            transposed,
+            add: accum == Accum::Add,
+            operands,
+        });
     }
 }
 

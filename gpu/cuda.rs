@@ -367,14 +367,15 @@ impl Executor for Gpu {
         use blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT as ALGORITHM;
         use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
         use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
-        let Gemm { element, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        let Gemm { element, result, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        let bytes = result.bytes() * m * n; // of a C
         self.enter();
         if k == 0 {
             if !add {
                 let zero = |&[.., c]: &[Address; 3]| {
                     // SAFETY: the caller's promise
                     self.must("gemm", unsafe {
-                        result::memset_d8_async(c, 0, element.bytes() * m * n, self.stream.cu_stream())
+                        result::memset_d8_async(c, 0, bytes, self.stream.cu_stream())
                     });
                 };
                 operands.iter().for_each(zero);
@@ -386,14 +387,14 @@ impl Executor for Gpu {
                 if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
             };
             let batch = if operands.len() > 1 { format!("{} of ", operands.len()) } else { String::new() };
-            format!("gemm {element} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
+            let sums = if result == element { String::new() } else { format!(" to {result}") };
+            format!("gemm {element}{sums} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
         };
         let flops = 2.0 * m as f64 * k as f64 * n as f64 * operands.len() as f64;
         if let &[[a, b, c]] = &operands[..] {
-            let shape = (element, [m, k, n], [ta, tb]);
+            let shape = ([element, result], [m, k, n], [ta, tb]);
             let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             if !plans.has(&shape) {
-                let bytes = element.bytes() * m * n;
                 let other = add.then(|| self.alloc(bytes)); // C is there to be added to
                 // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
                 let made = unsafe { plans.make(&self.stream, shape, [a, b, other.unwrap_or(c)]) };
@@ -409,10 +410,10 @@ impl Executor for Gpu {
         }
         // a batch: arrays of pointers, on the device, first all A, then all B, then all C. The library reads by columns, so what it
         // sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
-        let t = match element {
+        let [t, t_sums] = [element, result].map(|element| match element {
             Type::F32 => CUDA_R_32F,
             Type::Bf16 => CUDA_R_16BF,
-        };
+        });
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
         let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
@@ -437,8 +438,8 @@ impl Executor for Gpu {
             self.span(name, flops, || {
                 let count = int(count);
                 let done = blas_sys::cublasGemmBatchedEx(
-                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t, n, count, COMPUTE,
-                    ALGORITHM,
+                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t_sums, n, count,
+                    COMPUTE, ALGORITHM,
                 );
                 self.must("a batch of products", done.result());
             });

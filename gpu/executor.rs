@@ -87,8 +87,10 @@ pub struct Launch {
 /// A batch of products C ← or += A·B of one shape, row-major without gaps. `transposed`: A is stored as [k, m], B as [n, k].
 #[derive(Clone, Debug)]
 pub struct Gemm {
-    /// Of A, B and C.
+    /// Of A and B.
     pub element: Type,
+    /// Of C: the same, or f32.
+    pub result: Type,
     pub m: usize,
     pub k: usize,
     pub n: usize,

@@ -14,8 +14,8 @@ use std::ffi::c_void;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// A product's type, [m, k, n], and whether A is stored as [k, m], B as [n, k].
-pub(super) type Shape = (Type, [usize; 3], [bool; 2]);
+/// The types of a product's A and B and of its C, [m, k, n], and whether A is stored as [k, m], B as [n, k].
+pub(super) type Shape = ([Type; 2], [usize; 3], [bool; 2]);
 
 /// The algorithm of a plan, as the library has it: to be kept, but not understood.
 type Algorithm = [u64; 8];
@@ -169,19 +169,20 @@ impl Plans {
             CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MEMORY,
             CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as SUMS,
         };
-        let (element, [m, k, n], [ta, tb]) = shape;
-        let (element, f32_) = match element {
-            Type::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cudaDataType::CUDA_R_32F),
-            Type::Bf16 => (sys::cudaDataType::CUDA_R_16BF, sys::cudaDataType::CUDA_R_32F),
-        };
-        let layout = |rows: usize, cols: usize| {
+        let (types, [m, k, n], [ta, tb]) = shape;
+        let f32_ = sys::cudaDataType::CUDA_R_32F;
+        let [operands, sums] = types.map(|element| match element {
+            Type::F32 => f32_,
+            Type::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        });
+        let layout = |element, rows: usize, cols: usize| {
             // rows of ours are the library's columns
             result::create_matrix_layout(element, cols as u64, rows as u64, cols as i64)
         };
         let [a, b] = [if ta { [k, m] } else { [m, k] }, if tb { [n, k] } else { [k, n] }];
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_)?;
         let mut plan = Plan { product, layouts: [std::ptr::null_mut(); 3], algorithm: unset() };
-        plan.layouts = [layout(b[0], b[1])?, layout(a[0], a[1])?, layout(m, n)?];
+        plan.layouts = [layout(operands, b[0], b[1])?, layout(operands, a[0], a[1])?, layout(sums, m, n)?];
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let preference = result::create_matmul_pref()?;
         let mut found = [sys::cublasLtMatmulHeuristicResult_t {
@@ -278,22 +279,27 @@ fn unset() -> sys::cublasLtMatmulAlgo_t {
     sys::cublasLtMatmulAlgo_t { data: [0; 8] }
 }
 
-fn line((element, sizes, transposed): Shape, algorithm: Algorithm) -> String {
+fn line(([operands, sums], sizes, transposed): Shape, algorithm: Algorithm) -> String {
     let numbers = sizes.map(|size| size as u64).into_iter().chain(transposed.map(u64::from)).chain(algorithm);
     let numbers: Vec<String> = numbers.map(|number| format!("{number:x}")).collect();
-    format!("{element} {}\n", numbers.join(" "))
+    format!("{operands} {sums} {}\n", numbers.join(" "))
 }
 
 /// None for a line that [`line`] has not written.
 fn parse(line: &str) -> Option<(Shape, Algorithm)> {
-    let (element, numbers) = line.split_once(' ')?;
-    let element = Type::ALL.into_iter().find(|known| known.to_string() == element)?;
+    let mut words = line.splitn(3, ' ');
+    let mut element = || {
+        let word = words.next()?;
+        Type::ALL.into_iter().find(|known| known.to_string() == word)
+    };
+    let types = [element()?, element()?];
+    let numbers = words.next()?;
     let numbers: Vec<u64> =
         numbers.split(' ').map(|number| u64::from_str_radix(number, 16).ok()).collect::<Option<_>>()?;
     let [m, k, n, ta, tb, algorithm @ ..] = &numbers[..] else { return None };
     let flag = |x: u64| (x < 2).then_some(x == 1);
     Some((
-        (element, [*m, *k, *n].map(|size| size as usize), [flag(*ta)?, flag(*tb)?]),
+        (types, [*m, *k, *n].map(|size| size as usize), [flag(*ta)?, flag(*tb)?]),
         algorithm.try_into().ok()?,
     ))
 }
@@ -319,16 +325,17 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_read_again() {
-        let shape = (Type::Bf16, [16_384, 768, 192], [false, true]);
+        let shape = ([Type::Bf16, Type::F32], [16_384, 768, 192], [false, true]);
         let algorithm = [1, 0xfedc_ba98_7654_3210, 3, 4, 5, 6, 7, u64::MAX];
         let line = line(shape, algorithm);
         assert_eq!(parse(line.trim_end()), Some((shape, algorithm)));
         let broken = [
             &line[..line.len() - 20],
             "",
-            "f64 1 2 3",
+            "bf16 f64 1 2 3",
             &line.replace("bf16", "f64"),
-            "f32 1 2 3 2 0 1 2 3 4 5 6 7 8",
+            &line.replace("bf16 f32", "bf16"),
+            "f32 f32 1 2 3 2 0 1 2 3 4 5 6 7 8",
         ];
         assert!(broken.into_iter().all(|line| parse(line.trim_end()).is_none()));
     }

@@ -167,7 +167,7 @@ impl Executor for Simulator {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
-        let Gemm { element, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        let Gemm { element, result, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
         let strides = |t: bool, rows: usize, cols: usize| match t {
             false => (cols as isize, 1),
             true => (1, rows as isize),
@@ -183,13 +183,19 @@ impl Executor for Simulator {
                 Type::F32 => product(a as *const f32, b as *const f32, c as *mut f32),
                 Type::Bf16 => {
                     // SAFETY: the caller's promise, and any bits are a Bf16; A and B may be one, C is neither
-                    let (a, b, c) = unsafe {
+                    let (a, b) = unsafe {
                         let slice = std::slice::from_raw_parts::<Bf16>;
-                        let (a, b) = (slice(a as *const _, m * k), slice(b as *const _, k * n));
-                        (a, b, std::slice::from_raw_parts_mut(c as *mut Bf16, m * n))
+                        (slice(a as *const _, m * k), slice(b as *const _, k * n))
                     };
                     let wide = |x: &[Bf16]| -> Vec<f32> { x.iter().map(|&x| x.into()).collect() };
-                    let (a, b, mut sum) = (wide(a), wide(b), wide(c));
+                    let (a, b) = (wide(a), wide(b));
+                    if result == Type::F32 {
+                        product(a.as_ptr(), b.as_ptr(), c as *mut f32);
+                        continue;
+                    }
+                    // SAFETY: as above
+                    let c = unsafe { std::slice::from_raw_parts_mut(c as *mut Bf16, m * n) };
+                    let mut sum = wide(c);
                     product(a.as_ptr(), b.as_ptr(), sum.as_mut_ptr());
                     c.iter_mut().zip(sum).for_each(|(c, sum)| *c = sum.into());
                 }

@@ -159,7 +159,7 @@ pub struct ParamVars<'t, B: Backend> {
 
 impl<B: Backend> ParamVars<'_, B> {
     /// The gradients of all parameters, in their layout; zeros for those that the loss does not reach.
-    pub fn gradients(&self, mut grads: Grads<B>) -> Values<B> {
+    pub fn gradients(&self, mut grads: Grads<B>) -> Values<B::Wide> {
         let mut take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device());
         Values {
             pairs: self.pairs.iter().map(|p| FactorPair { a: take(&p.a), b: take(&p.b) }).collect(),
@@ -169,7 +169,7 @@ impl<B: Backend> ParamVars<'_, B> {
     }
 
     /// Each gradient so far with its variable, for [`Var::backward_onto`].
-    pub fn pair_up(&self, gradients: Values<B>) -> impl Iterator<Item = (VarId, Tensor<B>)> {
+    pub fn pair_up(&self, gradients: Values<B::Wide>) -> impl Iterator<Item = (VarId, Tensor<B::Wide>)> {
         let factors = self.pairs.iter().flat_map(|p| [p.a, p.b]);
         let vars = factors.chain(self.hidden.iter().copied()).chain(self.dense.iter().copied());
         let Values { pairs, hidden, dense } = gradients;

@@ -41,6 +41,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// `c[i] ←` or `+= a[i] · b[i]` for a batch of independent products of one shape. Not the whole batch need be contiguous.
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum);
+    /// As `gemm`, with sums that are not rounded to this backend's elements: for gradients, which many products add to.
+    fn gemm_wide(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self::Wide>], accum: Accum);
     /// `c[i] ← a[i] · b[i]`, where the caller knows each product to be symmetric: one half may be copied from the other.
     fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]);
     /// `y ← alpha·x + beta·y` for each (alpha, x, beta, y); `y` is not read where `beta` = 0.

@@ -13,19 +13,31 @@
 #include <vector>
 
 // C ← alpha·op(A)·op(B) + beta·C, what cuBLAS computes below.
-template <class T>
+template <class T, class R>
 static int gemm(bool ta, bool tb, int m, int n, int k, const float* alpha, const T* a, int lda, const T* b, int ldb, const float* beta,
-                T* c, int ldc) {
+                R* c, int ldc) {
     if (m < 1 || n < 1 || k < 1 || lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m) return 7;
     for (int j = 0; j < n; j++) {
         for (int i = 0; i < m; i++) {
             float sum = 0;
             for (int l = 0; l < k; l++) sum += a[ta ? l + i * lda : i + l * lda] * b[tb ? j + l * ldb : l + j * ldb];
-            T& out = c[i + j * ldc];
+            R& out = c[i + j * ldc];
             out = *beta == 0 ? *alpha * sum : *alpha * sum + *beta * out;
         }
     }
     return 0;
+}
+
+// Of A and B of one type and C of the same or f32; CUDA_R_32F is 0, CUDA_R_16BF 14.
+static int gemm_of(int types, int result, bool ta, bool tb, int m, int n, int k, const float* alpha, const void* a, int lda,
+                   const void* b, int ldb, const float* beta, void* c, int ldc) {
+    const auto of = [&](auto* a_, auto* c_) {
+        return gemm(ta, tb, m, n, k, alpha, (decltype(a_))a, lda, (decltype(a_))b, ldb, beta, (decltype(c_))c, ldc);
+    };
+    if (types == 0 && result == 0) return of((const float*)a, (float*)c);
+    if (types == 14 && result == 14) return of((const Bf16*)a, (Bf16*)c);
+    if (types == 14 && result == 0) return of((const Bf16*)a, (float*)c);
+    return 7;
 }
 
 extern "C" {
@@ -174,10 +186,8 @@ int cublasGemmEx(const Device* handle, int opa, int opb, int m, int n, int k, co
     const bool ta = opa == 1, tb = opb == 1;
     if (bad(&handle->stream)) return 13;
     calls++;
-    if (at != bt || at != ct || compute != 68) return 7; // CUDA_R_32F is 0, CUDA_R_16BF 14, CUBLAS_COMPUTE_32F 68
-    if (at == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, lda, (const float*)b, ldb, beta, (float*)c, ldc);
-    if (at == 14) return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, lda, (const Bf16*)b, ldb, beta, (Bf16*)c, ldc);
-    return 7;
+    if (at != bt || compute != 68) return 7; // CUBLAS_COMPUTE_32F
+    return gemm_of(at, ct, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
                         int lda, const void* const* b, int bt, int ldb, const float* beta, void* const* c, int ct, int ldc, int count,
@@ -236,11 +246,10 @@ int cublasLtMatmul(const void*, const Product* product, const float* alpha, cons
     if (int code = bad(stream)) return code;
     const bool ta = product->transposed[0] == 1, tb = product->transposed[1] == 1;
     const uint64_t m = lc->rows, n = lc->cols, k = ta ? la->rows : la->cols;
-    if (c != d || lc != ld || !workspace || bytes != 32 << 20 || algorithm[0] > 2 || la->type != lb->type || la->type != lc->type) return 7;
+    if (c != d || lc != ld || !workspace || bytes != 32 << 20 || algorithm[0] > 2 || la->type != lb->type) return 7;
     if ((ta ? la->cols : la->rows) != m || (tb ? lb->cols : lb->rows) != k || (tb ? lb->rows : lb->cols) != n) return 7;
     calls += algorithm[0];
-    if (la->type == 0) return gemm(ta, tb, m, n, k, alpha, (const float*)a, la->ld, (const float*)b, lb->ld, beta, (float*)d, lc->ld);
-    return gemm(ta, tb, m, n, k, alpha, (const Bf16*)a, la->ld, (const Bf16*)b, lb->ld, beta, (Bf16*)d, lc->ld);
+    return gemm_of(la->type, lc->type, ta, tb, m, n, k, alpha, a, la->ld, b, lb->ld, beta, d, lc->ld);
 }
 
 // ---- libnvrtc

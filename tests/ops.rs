@@ -759,6 +759,28 @@ fn gradients_add_to_those_of_a_batch_before() {
     assert_eq!(before[0].1.to_vec(), sum);
 }
 
+/// Products for one leaf more than once, for leaves with and without a gradient, and for what is no leaf.
+#[test]
+fn layers_of_one_input_may_share_factors() {
+    let cpu = Cpu::<f64>::default();
+    let draw = |rows: usize, cols: usize, from: f64| {
+        Tensor::from_fn(&cpu, [rows, cols], |i| ((i * 7 + 3) % 11) as f64 - from) // [rows, cols]
+    };
+    let (x, a, b, c) = (draw(4, 3, 5.0), draw(5, 2, 4.0), draw(3, 2, 6.0), draw(5, 2, 2.0)); // [4, 3], [5, 2], [3, 2], [5, 2]
+    let gradients = |together: bool| -> Vec<Vec<f64>> {
+        let tape = Tape::new(&cpu);
+        let [vx, va, vb, vc] = [&x, &a, &b, &c].map(|value| tape.leaf(value));
+        let before = [&a, &b].map(Clone::clone); // of A and B alone: gradients have their shapes
+        let pairs = [[va, vb], [vc, vb], [va, vb.scale(2.0)]];
+        let ys =
+            if together { vx.lowrank_linears(pairs) } else { pairs.map(|[a, b]| vx.lowrank_linear(a, b)) };
+        let loss = ys.into_iter().map(|y| (y * y).sum()).reduce(|a, b| a + b).expect("three"); // [1]
+        let grads = loss.backward_onto([va.id(), vb.id()].into_iter().zip(before));
+        [vx, va, vb, vc].map(|v| grads.get(v).expect("reached").to_f64()).into()
+    };
+    assert_eq!(gradients(true), gradients(false)); // integers: exact in whatever order they are added
+}
+
 #[test]
 #[should_panic(expected = "gradient: [3, 2] for a variable of shape [2, 3]")]
 fn a_gradient_of_another_shape_is_refused() {

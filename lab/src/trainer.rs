@@ -106,24 +106,27 @@ struct Pass<B: Backend> {
     op_times: OpTimes,
 }
 
+/// Some rows of a batch.
+struct Part<'a> {
+    batch: &'a Batch,
+    rows: Range<usize>,
+    /// For how much of the step the whole batch counts.
+    share: f64,
+    /// Whether the time of each op is asked for.
+    timed: bool,
+}
+
 /// [`lane`] on a device.
 type Lane<B> = Box<
-    dyn Fn(
-            &Model<B>,
-            &Params<B>,
-            &Batch,
-            Range<usize>,
-            f64,
-            bool,
-        ) -> std::result::Result<Pass<B>, Option<NonFinite>>
+    dyn Fn(&Model<B>, &Params<B>, Part, Values<B>) -> std::result::Result<Pass<B>, Option<NonFinite>>
         + Send
         + Sync,
 >;
 
-/// Forward and backward over some `rows` of a batch that counts for `share` of the step; `timed`: with the time of each op.
+/// Forward and backward over a part of a batch, on top of the gradients `before`.
 ///
-/// On a tape of the device's precision, C: from copies of the parameters if that is not theirs, to gradients that are then widened.
-/// bf16 has the exponents of f32, so nothing overflows that would not there, and no loss is scaled.
+/// On a tape of the device's precision, C: from copies of the parameters if that is not theirs. Gradients of parameters have their precision
+/// on every tape. bf16 has the exponents of f32, so nothing overflows that would not there, and no loss is scaled.
 ///
 /// # Errors
 /// A loss that is not finite: the first op that was not.
@@ -131,16 +134,15 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
     device: &C,
     model: &Model<B>,
     params: &Params<B>,
-    batch: &Batch,
-    rows: Range<usize>,
-    share: f64,
-    timed: bool,
+    Part { batch, rows, share, timed }: Part,
+    before: Values<B>,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
     let len = batch.inputs.len() / batch.rows;
     let at_once = if C::WORKING_SET == usize::MAX { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
-    let mut sum = None;
+    let mut sum = before.cast(&device.wide());
+    drop(before); // else they would be copied before they are added to
     let mut op_times = OpTimes::new();
     let (own, params) = (params.values.dense[0].device(), params.cast(device));
     for row in rows.clone().step_by(at_once) {
@@ -155,8 +157,7 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
         forward += start.elapsed();
 
         let start = Instant::now();
-        let before = sum.take().unwrap_or_default();
-        sum = Some(w.gradients(part.backward_onto(w.pair_up(before))));
+        sum = w.gradients(part.backward_onto(w.pair_up(sum)));
         let value = share * exact.item(); // not before: a GPU would be waited for
         backward += start.elapsed();
         if !value.is_finite() {
@@ -167,13 +168,11 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
         loss += value;
         add_times(&mut op_times, tape.times());
     }
-    Ok(Pass { loss, grads: sum.unwrap_or_default().cast(own), forward, backward, op_times })
+    Ok(Pass { loss, grads: sum.cast(own), forward, backward, op_times })
 }
 
 fn lane_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Lane<B> {
-    Box::new(move |model, params, batch, rows, share, timed| {
-        lane(&device, model, params, batch, rows, share, timed)
-    })
+    Box::new(move |model, params, part, before| lane(&device, model, params, part, before))
 }
 
 fn add_times(sum: &mut OpTimes, times: OpTimes) {
@@ -267,7 +266,7 @@ impl<B: Backend> Trainer<B> {
     fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Pass<B>> {
         let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
         let mut loss = 0.0;
-        let mut sum: Option<Values<B>> = None;
+        let mut sums: Vec<Values<B>> = Vec::new(); // of each lane
         let share = 1.0 / micro_batches.len() as f64;
         let (worker, workers) = (self.link().worker(), self.link().workers());
         for (i, batch) in micro_batches.iter().enumerate() {
@@ -282,13 +281,15 @@ impl<B: Backend> Trainer<B> {
             let whole = B::WORKING_SET == usize::MAX; // a GPU takes its rows as they are
             let lanes = if whole || long { 1 } else { own.len().min(LANES) };
             let timed = self.op_times.is_some();
-            let lane = |i: usize| {
+            sums.resize_with(lanes, Values::default);
+            let lane = |(i, before): (usize, Values<B>)| {
                 let rows = own.start + own.len() * i / lanes..own.start + own.len() * (i + 1) / lanes;
-                (self.lane)(&self.model, &self.params, batch, rows, share, timed)
+                (self.lane)(&self.model, &self.params, Part { batch, rows, share, timed }, before)
             };
+            let before: Vec<_> = std::mem::take(&mut sums).into_iter().enumerate().collect();
             let passes: Vec<_> = match lanes {
-                1 => vec![crate::awake::<B, _>(|| lane(0))],
-                _ => (0..lanes).into_par_iter().map(lane).collect(),
+                1 => crate::awake::<B, _>(|| before.into_iter().map(lane).collect()),
+                _ => before.into_par_iter().map(lane).collect(),
             };
             let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);
             for pass in passes {
@@ -299,10 +300,7 @@ impl<B: Backend> Trainer<B> {
                 if let Some(times) = &mut self.op_times {
                     add_times(times, pass.op_times);
                 }
-                match &mut sum {
-                    Some(sum) => sum.add_scaled(1.0, &pass.grads),
-                    None => sum = Some(pass.grads),
-                }
+                sums.push(pass.grads);
             }
             self.device.sync();
             // lanes run side by side: the time that went by, in the proportion of what they took
@@ -311,7 +309,9 @@ impl<B: Backend> Trainer<B> {
             forward += part;
             backward += wall - part;
         }
-        let grads = sum.expect("a step has at least one batch");
+        let mut sums = sums.into_iter();
+        let mut grads = sums.next().expect("a step has at least one batch");
+        sums.for_each(|sum| grads.add_scaled(1.0, &sum));
         Ok(Pass { loss, grads, forward, backward, op_times: OpTimes::new() })
     }
 

@@ -150,6 +150,10 @@ impl<T: Scalar> Backend for Cpu<T> {
         gemm::gemm_symmetric(a, b, c);
     }
 
+    fn gemm_wide(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
+        Self::gemm(a, b, c, accum);
+    }
+
     fn axpby(terms: Vec<Axpby<Self>>) {
         for (alpha, x, beta, y) in terms {
             let (alpha, beta) = (T::of(alpha), T::of(beta));
