@@ -100,7 +100,7 @@ impl<B: Backend> Tape<B> {
         for input in inputs {
             assert!(std::ptr::eq(self, input.tape), "{op}: the inputs are on different tapes");
         }
-        let wanted = inputs.iter().any(|x| x.node(|node| node.wanted));
+        let wanted = inputs.iter().any(|x| x.wanted());
         self.push(op, value, wanted, wanted.then(|| Box::new(backward) as Backward<B>))
     }
 
@@ -157,6 +157,11 @@ impl<'t, B: Backend> Var<'t, B> {
     /// The tape it is on.
     pub fn tape(self) -> &'t Tape<B> {
         self.tape
+    }
+
+    /// Whether a gradient will be asked for: it is a leaf, or depends on one.
+    pub(super) fn wanted(self) -> bool {
+        self.node(|node| node.wanted)
     }
 
     #[track_caller]
@@ -259,6 +264,16 @@ impl<B: Backend> Grads<B> {
         } else {
             add_to(&mut self.slots[x.0], dx);
         }
+    }
+
+    /// [`Grads::add`] of what is not rounded to the tape's elements, and for a leaf need not be.
+    #[track_caller]
+    pub(super) fn add_wide(&mut self, x: VarId, dx: Tensor<B::Wide>, device: &B) {
+        if !self.is_leaf[x.0] {
+            return self.add(x, device.narrow(&[&dx]).remove(0)); // like x
+        }
+        self.fits(x, dx.shape());
+        add_to(&mut self.leaves[x.0], dx);
     }
 
     /// Adds the product `a · b` to the gradient of `x`, accumulating inside the product.

@@ -104,6 +104,13 @@ fn tokens_and_attention() {
     let (table, x) = (leaf(&[5, 3]), leaf(&[2, 3, 6]));
     refuses("embedding", &["id 5", "position 2", "[5, 3]"], || table.embedding(&[0, 4, 5]));
     refuses("embedding", &["[2, 3, 6]", "matrix"], || x.embedding(&[0]));
+    let (h, w) = (leaf(&[5, 4]), leaf(&[3, 4]));
+    refuses("linear_cross_entropy", &["[5, 4]", "5 rows", "4 targets"], || {
+        h.linear_cross_entropy_wide(w, &[0; 4], 1.0, Some(2)).0
+    });
+    refuses("linear_cross_entropy", &["target 3", "position 1", "[3, 4]"], || {
+        h.linear_cross_entropy_wide(w, &[0, 3, 0, 0, 0], 1.0, Some(2)).0
+    });
     refuses("cross_entropy", &["[5, 3]", "5 rows", "4 targets"], || table.cross_entropy(&[0; 4]));
     refuses("cross_entropy", &["target 3", "position 1", "[5, 3]"], || table.cross_entropy(&[0, 3, 0, 0, 0]));
 

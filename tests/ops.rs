@@ -27,7 +27,7 @@ const NAIVE: f64 = 1e-13;
 /// lanes: 16. Sums over rows have one lane and K = 5,000 (and the norms cube a rounded 1/rms before that): 32.
 /// bf16: whatever is computed, f32 holds it until it is rounded for the first time, and one rounding is at most one yardstick: 1.
 /// What reads back something rounded rounds twice: 2 (a mean its sum, a norm of a sum that too, lowrank_linear x·B, attention's gradient o; that of cross_entropy
-/// is rounded before it is multiplied by dy). Softmax's gradient reads back y, which rounded does not sum to 1: as in f32.
+/// is rounded before it is multiplied by dy; linear_cross_entropy's logits, theirs and its own). Softmax's gradient reads back y, which rounded does not sum to 1: as in f32.
 /// `cancels`: the gradient can be a small difference of terms as large as dy (1 − tanh², p − 1, dy − mean), so dy's own
 /// rounding is allowed for too.
 const TOLERANCES: &[(&str, f64, f64, bool)] = &[
@@ -62,6 +62,7 @@ const TOLERANCES: &[(&str, f64, f64, bool)] = &[
     ("layer_norm", 32.0, 1.0, true),
     ("attention", 16.0, 2.0, true),
     ("cross_entropy", 16.0, 2.0, true),
+    ("linear_cross_entropy", 16.0, 3.0, true),
 ];
 
 /// The drawn sizes; every row picks those that it needs.
@@ -252,6 +253,13 @@ fn table() -> Vec<Row> {
             .naive(naive_layer_norm),
         row!("embedding", |z, x| [[z.v, z.r]] => x[0].embedding(&z.ids(z.n))).naive(naive_embedding),
         row!("cross_entropy", |z, x| [[z.n, z.v]] => x[0].cross_entropy(&z.ids(z.n))).naive(naive_cross_entropy),
+        row!("linear_cross_entropy", |z, x| [[z.n, z.k], [z.v, z.k]] => {
+            // fewer rows at a time than there are
+            x[0].linear_cross_entropy_wide(x[1], &z.ids(z.n), 1.0, Some((z.n - 1).clamp(1, 3))).0
+        }).naive(|x, z| {
+            let logits = ArrayD::from_shape_vec(vec![z.n, z.v], naive_matmul(x, z.k, 1, 1)).expect("n·v of them");
+            naive_cross_entropy(&[logits], z)
+        }),
         row!("rope", |z, x| [[z.batch * z.tq, z.heads() * z.h()]] => {
             let rope = Rope::new(&x[0].tape().device().wide(), z.tk() + 1, z.h(), 10_000.0);
             x[0].rope(&rope, z.tq, z.past)
@@ -779,6 +787,39 @@ fn layers_of_one_input_may_share_factors() {
         [vx, va, vb, vc].map(|v| grads.get(v).expect("reached").to_f64()).into()
     };
     assert_eq!(gradients(true), gradients(false)); // integers: exact in whatever order they are added
+}
+
+/// Some rows of logits at a time, the last of them fewer: value and gradients of all at once, to the rounding of another order of sums.
+#[test]
+fn the_loss_by_rows_is_the_loss() {
+    let cpu = Cpu::<f64>::default();
+    let value = |i: usize| ((i * 7919 % 1013) as f64 / 506.0 - 1.0) * 2.0;
+    let x = Tensor::from_fn(&cpu, [5, 2, 7], value); // [5, 2, 7]
+    let head = Tensor::from_fn(&cpu, [13, 7], |i| value(i + 70)); // [13, 7]
+    let targets: Vec<u32> = (0..10).map(|i| (i * i + 3) % 13).collect();
+    let run = |at_once: usize, wanted: [bool; 2]| -> Vec<Option<Vec<f64>>> {
+        let tape = Tape::new(&cpu);
+        let put = |x, wanted| if wanted { tape.leaf(x) } else { tape.constant(x) };
+        let (vx, w) = (put(&x, wanted[0]), put(&head, wanted[1]));
+        // a head that is itself computed, and a loss that is not the end
+        let (loss, exact) = vx.linear_cross_entropy_wide(w.scale(0.5), &targets, 0.25, Some(at_once)); // [1], [1]
+        let end = loss.scale(3.0); // [1]
+        let mut found = vec![Some(end.value().to_vec()), Some(exact.to_vec())];
+        let grads = end.backward();
+        found.extend([vx, w].map(|v| grads.get(v).map(Tensor::to_vec)));
+        found
+    };
+    for wanted in [[true, true], [true, false], [false, true], [false, false]] {
+        let all = run(10, wanted);
+        for at_once in [1, 3, 5, 9] {
+            for (found, all) in run(at_once, wanted).into_iter().zip(&all) {
+                assert!(found.is_some() == all.is_some());
+                for (x, y) in found.into_iter().flatten().zip(all.iter().flatten()) {
+                    assert!((x - y).abs() < 1e-14, "{at_once} rows: {x}, not {y}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

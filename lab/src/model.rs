@@ -219,8 +219,8 @@ impl<B: Backend> Model<B> {
         self.guides = vec![alpha; params.values.hidden.len()];
     }
 
-    /// Logits [N, v] of `batch` sequences of equal length, one after the other in `tokens`; in the precision of `w`.
-    pub fn logits<'t, C: Backend<Wide = B::Wide>>(
+    /// What the head reads [N, d], of `batch` sequences of equal length, one after the other in `tokens`; in the precision of `w`.
+    fn outputs<'t, C: Backend<Wide = B::Wide>>(
         &self,
         w: &ParamVars<'t, C>,
         tokens: &[u32],
@@ -233,7 +233,7 @@ impl<B: Backend> Model<B> {
             [q, k].into_iter().for_each(Var::forget);
             qr.attention(kr, v, how) // [N, heads·h]
         };
-        self.logits_of(w, self.residual(w, tokens, attend)) // [N, v]
+        self.normed(w, self.residual(w, tokens, attend)) // [N, d]
     }
 
     /// The residual stream behind the last block [N, d]. `attend(i, [q, k, v])`: what block i's attention finds, from its
@@ -270,9 +270,9 @@ impl<B: Backend> Model<B> {
         sum
     }
 
-    /// Logits [N, v] from the residual stream [N, d].
-    fn logits_of<'t, C: Backend>(&self, w: &ParamVars<'t, C>, x: Var<'t, C>) -> Var<'t, C> {
-        x.rms_norm(w[self.norm], self.norm_eps).linear(w[self.head]) // [N, v]
+    /// What the head reads [N, d] of the residual stream [N, d].
+    fn normed<'t, C: Backend>(&self, w: &ParamVars<'t, C>, x: Var<'t, C>) -> Var<'t, C> {
+        x.rms_norm(w[self.norm], self.norm_eps) // [N, d]
     }
 
     /// `share` times the mean cross-entropy on the tape \[1\], and the mean itself, in nats per token, as it is before it is rounded to
@@ -285,12 +285,14 @@ impl<B: Backend> Model<B> {
         batch: usize,
         share: f64,
     ) -> (Var<'t, C>, Tensor<B::Wide>) {
-        self.logits(w, tokens, batch).cross_entropy_wide(targets, share)
+        self.outputs(w, tokens, batch).linear_cross_entropy_wide(w[self.head], targets, share, None)
     }
-    /// As [`Model::logits`], without keeping anything for a gradient: what others are compared with.
+
+    /// Logits [N, v], without keeping anything for a gradient: what others are compared with.
     #[cfg(test)]
     pub fn predict(&self, params: &Params<B>, tokens: &[u32], batch: usize) -> Tensor<B> {
         let tape = rankgrad::autograd::Tape::new(params.values.dense[0].device());
-        self.logits(&params.constants_on(&tape), tokens, batch).value() // [N, v]
+        let w = params.constants_on(&tape);
+        self.outputs(&w, tokens, batch).linear(w[self.head]).value() // [N, v]
     }
 }

@@ -118,7 +118,7 @@ impl<B: Backend> Model<B> {
             cache.len += n;
         }
         let last: Vec<u32> = (1..=s).map(|i| (i * n - 1) as u32).collect();
-        self.logits_of(&w, x.embedding(&last)).value() // [S, v]
+        self.normed(&w, x.embedding(&last)).linear(w[self.head]).value() // [S, v]
     }
 
     /// Attention of a block, whose queries, keys and values are [S·n, heads·h], and [S·n, kv_heads·h] twice → [S·n, heads·h]:
