@@ -5,8 +5,9 @@
 use crate::autograd::Var;
 use crate::tensor::{Accum, Backend, Shape, Tensor, product_shape};
 
-/// Bytes of logits that [`Var::linear_cross_entropy`] has at a time: still rows enough for a product of its full speed, also on a GPU.
-const LOGITS: usize = 256 << 20;
+/// Bytes of logits that [`Var::linear_cross_entropy`] has at a time: few beside all, and still so many rows that a product has its full speed, on a
+/// GPU too.
+const LOGITS: usize = 128 << 20;
 
 impl<'t, B: Backend> Var<'t, B> {
     /// Row `ids[i]` of this table [v, d], for each i → [N, d].
@@ -63,7 +64,7 @@ impl<'t, B: Backend> Var<'t, B> {
 
 impl<'t, B: Backend> Var<'t, B> {
     /// `self.linear(w).cross_entropy(targets)` of x [.., d] and W [v, d] → \[1\]: the output head and the loss in one. Where all logits
-    /// would be more than 256 MiB, they exist for some rows at a time.
+    /// would be more than 128 MiB, they exist for some rows at a time.
     ///
     /// # Panics
     /// As [`Var::linear`] and [`Var::cross_entropy`].
