@@ -334,6 +334,8 @@ impl<T: OnGpu> Backend for Cuda<T> {
     type Buffer = Buffer;
     type Wide = Cuda<f32>;
     type Narrow = Cuda<Bf16>;
+    const ASYNCHRONOUS: bool = true;
+    const WORKING_SET: usize = usize::MAX;
 
     fn upload(&self, host: Vec<T>) -> Buffer {
         Buffer(self.stage(&host))

@@ -17,8 +17,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
     type Wide: Backend<Wide = Self::Wide>;
     /// The same device computing in bf16, for what need not be exact; itself, if it cannot.
     type Narrow: Backend<Wide = Self::Wide>;
+    /// Whether a call returns before its work is done, as on a GPU: many small calls then cost more than few large ones, and a time is that of
+    /// the work only after [`Backend::sync`].
+    const ASYNCHRONOUS: bool;
     /// A chain of batched products is run on so many bytes of the batch at a time; unlimited where a batch is one launch.
-    const WORKING_SET: usize = usize::MAX;
+    const WORKING_SET: usize;
 
     /// Moves host values to the device.
     fn upload(&self, host: Vec<Self::Elem>) -> Self::Buffer;

@@ -218,9 +218,8 @@ fn round<B: Watch>(
     profile: bool,
 ) -> Result<Report> {
     let mut times: Vec<(Step, f64)> = Vec::new();
-    let on_processor = B::WORKING_SET != usize::MAX; // a GPU's op has only been asked for when it returns
     for i in 0..untimed + steps {
-        if profile && on_processor && i == untimed {
+        if profile && !B::ASYNCHRONOUS && i == untimed {
             trainer.op_times = Some(OpTimes::new());
         }
         let start = Instant::now();
@@ -231,7 +230,7 @@ fn round<B: Watch>(
     }
     let device_memory_mib = device.peak_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
     let mut kernels = Vec::new();
-    if profile && !on_processor {
+    if profile && B::ASYNCHRONOUS {
         device.watch_kernels();
         for _ in 0..steps {
             trainer.step(batches, 0.01)?;

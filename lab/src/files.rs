@@ -1,6 +1,6 @@
-//! Files written whole or not at all, and files read where they lie.
+//! Files written whole or not at all, files read where they lie, and directories that one process writes to.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::Path;
 
@@ -32,6 +32,29 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     #[cfg(unix)]
     File::open(directory).and_then(|d| d.sync_all()).map_err(cannot("sync", directory))?;
     Ok(())
+}
+
+/// Keeps other processes of this program from writing to a directory, for as long as what is returned lives, and no longer than this
+/// process. Readers are not kept out. `what` is the trouble and the way out, for the message.
+///
+/// # Errors
+/// That another process has it; a directory that cannot be opened. A file system without locks locks nothing.
+pub fn claim(directory: &Path, what: &str) -> Result<Claim> {
+    // a directory can be opened, and so locked, on Unix only
+    let opened = if cfg!(unix) { Some(File::open(directory)) } else { None };
+    let handle = opened.transpose().map_err(cannot("open", directory))?;
+    match handle.as_ref().map(File::try_lock) {
+        Some(Err(TryLockError::WouldBlock)) => {
+            Err(Error::new(format!("{} is in use: {what}", directory.display())))
+        }
+        _ => Ok(Claim { _handle: handle }),
+    }
+}
+
+/// A directory that is this process's to write to.
+#[derive(Debug)]
+pub struct Claim {
+    _handle: Option<File>,
 }
 
 /// The bytes of a file in memory, read from the disk where they are looked at. `act` is what for, as in [`cannot`].

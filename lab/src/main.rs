@@ -94,7 +94,7 @@ fn awake<B: Backend, R>(work: impl FnOnce() -> R) -> R {
             self.0.store(true, Ordering::Release); // after a panic, too
         }
     }
-    let shares = B::WORKING_SET != usize::MAX && rayon::current_num_threads() > 1; // not on a GPU
+    let shares = !B::ASYNCHRONOUS && rayon::current_num_threads() > 1;
     let Some(me) = rayon::current_thread_index().filter(|_| shares) else { return work() };
     let over = Over(Arc::default());
     let seen = over.0.clone();

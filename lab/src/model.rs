@@ -73,7 +73,7 @@ impl Linear {
         guides: &[f64],
     ) -> [Var<'t, B>; K] {
         let factored = all.iter().all(|linear| matches!(linear, Self::Factored(_)));
-        if factored && B::WORKING_SET == usize::MAX {
+        if factored && B::ASYNCHRONOUS {
             return x.lowrank_linears(all.map(|linear| match linear {
                 Self::Factored(pair) => [w[pair].a, w[pair].b],
                 _ => unreachable!("all are pairs"),

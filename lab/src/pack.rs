@@ -29,7 +29,7 @@ use crate::cli::PackArgs;
 use crate::data::files_of;
 use crate::error::{Error, Result, cannot};
 use crate::export::must_be_new;
-use crate::files::write_atomically;
+use crate::files::{claim, write_atomically};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::shards::{Format, Writer, ids, put};
 use crate::tokens::{END, Tokenizer};
@@ -302,15 +302,9 @@ fn run(job: &Job) -> Result<Option<Pack>> {
     let width = job.format.width(job.encoder.vocab)?;
     let work = unfinished(&job.out);
     fs::create_dir_all(&work).map_err(cannot("make the directory", &work))?;
-    let lock = File::create(work.join("lock")).map_err(cannot("write", &work))?;
-    if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
-        return Err(Error::new(format!(
-            "{} is in use: another rankgrad is packing; wait for it, or choose another --out",
-            work.display()
-        )));
-    }
+    let claim = claim(&work, "another rankgrad is packing; wait for it, or choose another --out")?;
     let outcome = both_passes(job, &work, width);
-    drop(lock);
+    drop(claim);
     // What no saved state speaks of is of no use; and a finished pack is elsewhere now.
     if matches!(outcome, Ok(Some(_))) || !work.join("state.json").exists() {
         let _ = fs::remove_dir_all(&work);
@@ -1075,8 +1069,7 @@ mod tests {
         fs::write(dir.path().join("data/c.txt"), "changed").unwrap();
         refused(job(dir.path(), "out"), "c.txt before it changed");
 
-        let lock = File::open(dir.path().join("out.packing/lock")).unwrap();
-        lock.lock().unwrap();
+        let _other = claim(&dir.path().join("out.packing"), "here").unwrap();
         let error = run(&job(dir.path(), "out")).unwrap_err().to_string();
         assert!(error.contains("out.packing is in use"), "{error}");
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Method, name};
 use crate::error::{Error, Result, cannot};
-use crate::files::write_atomically;
+use crate::files::{Claim, claim, write_atomically};
 use crate::tensorboard::{self, Events};
 
 /// One line of metrics.jsonl. Losses are in nats per token; a loss that is not finite is written as null.
@@ -154,13 +154,18 @@ pub struct Run {
     metrics: File,
     /// The same records for TensorBoard.
     events: Option<Events>,
+    _claim: Claim,
+}
+
+fn claim_run(directory: &Path) -> Result<Claim> {
+    claim(directory, "another rankgrad is training there; wait for it, or stop it")
 }
 
 impl Run {
     /// Makes the directory (`config.out`, or the next free `runs/METHOD-PRESET-NUMBER`) and records the configuration.
     ///
     /// # Errors
-    /// A directory that holds a run already or cannot be written.
+    /// A directory that holds a run already, cannot be written, or that another process writes to.
     pub fn create(config: &Config) -> Result<Self> {
         let directory = match &config.out {
             Some(out) => {
@@ -169,6 +174,7 @@ impl Run {
             }
             None => next_free(Path::new("runs"), config)?,
         };
+        let claim = claim_run(&directory)?;
         let theirs =
             ["config.toml", "metrics.jsonl", "final.json"].iter().find(|f| directory.join(f).exists());
         if theirs.is_some() || !checkpoint::list(&directory)?.is_empty() {
@@ -178,15 +184,16 @@ impl Run {
             )));
         }
         write_atomically(&directory.join("config.toml"), config.to_toml()?.as_bytes())?;
-        Self::open(directory)
+        Self::open(directory, claim)
     }
 
     /// Opens the directory for going on after `step`: later records, and a last line that was cut off, are dropped
     /// from metrics.jsonl.
     ///
     /// # Errors
-    /// A directory that cannot be read or written; a line before the last that is no record.
+    /// A directory that cannot be read or written, or that another process writes to; a line before the last that is no record.
     pub fn resume(directory: &Path, step: u64) -> Result<Self> {
+        let claim = claim_run(directory)?;
         let path = directory.join("metrics.jsonl");
         let mut kept = Vec::new();
         if path.exists() {
@@ -195,7 +202,7 @@ impl Run {
             let lines: String = kept.iter().map(line).collect();
             write_atomically(&path, lines.as_bytes())?;
         }
-        let mut run = Self::open(directory.to_owned())?;
+        let mut run = Self::open(directory.to_owned(), claim)?;
         if tensorboard::exist(directory)? {
             run.events = Some(Events::open(directory, &kept)?);
         }
@@ -214,11 +221,11 @@ impl Run {
         Ok(self)
     }
 
-    fn open(directory: PathBuf) -> Result<Self> {
+    fn open(directory: PathBuf, claim: Claim) -> Result<Self> {
         let path = directory.join("metrics.jsonl");
         let metrics =
             OpenOptions::new().create(true).append(true).open(&path).map_err(cannot("write", &path))?;
-        Ok(Run { directory, metrics, events: None })
+        Ok(Run { directory, metrics, events: None, _claim: claim })
     }
 
     /// Appends one line to metrics.jsonl.
@@ -373,6 +380,18 @@ mod tests {
         fs::remove_file(out.join("metrics.jsonl")).unwrap();
         fs::write(out.join("step-00000001.safetensors"), "").unwrap();
         assert!(refusal(out).contains("holds a run"));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn two_processes_do_not_write_to_one_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
+        let in_use = format!("{} is in use: another rankgrad is training there", dir.path().display());
+        let error = Run::resume(dir.path(), 0).err().unwrap().to_string();
+        assert!(error.starts_with(&in_use) && refusal(dir.path().to_owned()).starts_with(&in_use), "{error}");
+        drop(run);
+        Run::resume(dir.path(), 0).unwrap();
     }
 
     #[test]

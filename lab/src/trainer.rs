@@ -138,7 +138,7 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
     before: Values<B>,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
     let len = batch.inputs.len() / batch.rows;
-    let at_once = if C::WORKING_SET == usize::MAX { batch.rows } else { (TOKENS / len).max(1) };
+    let at_once = if C::ASYNCHRONOUS { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut sum = before.cast(&device.wide());
@@ -278,8 +278,7 @@ impl<B: Backend> Trainer<B> {
             let start = Instant::now();
             let own = batch.rows * worker / workers..batch.rows * (worker + 1) / workers;
             let long = batch.inputs.len() / batch.rows * self.config.dim >= LONG;
-            let whole = B::WORKING_SET == usize::MAX; // a GPU takes its rows as they are
-            let lanes = if whole || long { 1 } else { own.len().min(LANES) };
+            let lanes = if B::ASYNCHRONOUS || long { 1 } else { own.len().min(LANES) };
             let timed = self.op_times.is_some();
             sums.resize_with(lanes, Values::default);
             let lane = |(i, before): (usize, Values<B>)| {

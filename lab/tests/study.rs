@@ -173,6 +173,8 @@ fn a_stopped_study_goes_on_where_it_was() {
         assert!(start.elapsed() < Duration::from_secs(120), "the second run did not start");
         std::thread::sleep(Duration::from_millis(5));
     }
+    let both = desk.refused("study --resume s");
+    assert!(both.contains("s is in use: another rankgrad is at work on this study"), "{both}");
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     assert!(child.wait().unwrap().success());
     let mut errors = String::new();

@@ -113,6 +113,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     type Buffer = Buffer<T>;
     type Wide = Self;
     type Narrow = Self;
+    const ASYNCHRONOUS: bool = false;
     const WORKING_SET: usize = 1 << 18; // at most half of a core's second-level cache, ½ to 2 MiB
 
     fn upload(&self, host: Vec<T>) -> Buffer<T> {

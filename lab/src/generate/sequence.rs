@@ -136,7 +136,6 @@ mod tests {
     use super::*;
     use crate::config::{Config, Overrides};
     use crate::model::Weights;
-    use rankgrad::autograd::Tape;
     use rankgrad::tensor::Cpu;
 
     /// A small model that is sure of itself: weights of this size let the logits differ by whole units.
@@ -150,8 +149,7 @@ mod tests {
 
     /// Logits of the last of `tokens` by a forward pass over all of them.
     fn from_scratch(model: &Model<Cpu<f32>>, params: &Params<Cpu<f32>>, tokens: &[u32]) -> Vec<f32> {
-        let tape = Tape::new(&Cpu::default());
-        let logits = model.logits(&params.constants_on(&tape), tokens, 1).value(); // [T, v]
+        let logits = model.predict(params, tokens, 1); // [T, v]
         logits.to_vec()[(tokens.len() - 1) * logits.cols()..].to_vec()
     }
 

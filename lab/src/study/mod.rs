@@ -23,7 +23,7 @@ use crate::config::{
 };
 use crate::data::Corpus;
 use crate::error::{Error, Result, cannot};
-use crate::files::write_atomically;
+use crate::files::{claim, write_atomically};
 use crate::progress::catch_interrupts;
 use crate::study::execute::Study;
 use crate::study::plan::Plan;
@@ -93,6 +93,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         }
         out => settings.begin(out)?,
     };
+    let _claim = claim(&directory, "another rankgrad is at work on this study; wait for it, or stop it")?;
     catch_interrupts()?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = args.jobs.unwrap_or(cores.checked_div(threads).unwrap_or(1).max(1)); // 0 threads: all cores for one run
