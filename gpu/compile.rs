@@ -1,6 +1,7 @@
 //! CUDA C to machine code by NVRTC, at run time and for the device in hand, kept on disk for the next time. Never to PTX for use:
 //! a driver that is older than NVRTC refuses its PTX, but takes machine code of the same major version.
 
+use super::executor::Type;
 use super::kernels;
 use cudarc::nvrtc::{result, sys};
 use std::ffi::{CStr, CString};
@@ -60,19 +61,31 @@ unsafe fn image(program: sys::nvrtcProgram, cubin: bool) -> Result<Vec<u8>, resu
     }
 }
 
-/// All kernels as machine code, from the cache where they are there already.
+/// All kernels as machine code: those of each type in one image. Images are compiled side by side.
 ///
 /// # Errors
 /// As for [`compile`]. A cache that cannot be used is none.
-pub(super) fn cubin(arch: &str) -> Result<Vec<u8>, String> {
-    let source = kernels::source();
+pub(super) fn cubins(arch: &str) -> Result<[(Type, Vec<u8>); 2], String> {
+    let [f32_, bf16] = std::thread::scope(|scope| {
+        let compilers = Type::ALL.map(|element| scope.spawn(move || cubin(element, arch)));
+        compilers.map(|compiler| compiler.join().expect("it returns what is wrong"))
+    });
+    Ok([(Type::F32, f32_?), (Type::Bf16, bf16?)])
+}
+
+/// From the cache, where it is there already.
+fn cubin(element: Type, arch: &str) -> Result<Vec<u8>, String> {
+    let mut kernels = kernels::all();
+    kernels.retain(|&(_, of)| of == element);
+    let source = kernels::source_of(&kernels);
     super::probe::compiler().map_err(|why| why.to_string())?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two integers
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| e.to_string())?;
     let mut hash = DefaultHasher::new();
     (&source, options(arch), major, minor).hash(&mut hash);
-    let file = cache().map(|folder| folder.join(format!("kernels-{arch}-{:016x}.cubin", hash.finish())));
+    let file =
+        cache().map(|folder| folder.join(format!("kernels-{element}-{arch}-{:016x}.cubin", hash.finish())));
     if let Some(kept) = file.as_ref().and_then(|file| std::fs::read(file).ok()) {
         return Ok(kept);
     }

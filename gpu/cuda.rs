@@ -102,10 +102,11 @@ impl Cuda<f32> {
         let workspace = unsafe { allocate(&stream, pooled, WORKSPACE) }.map_err(driver)?;
         let plans =
             Plans::new(workspace, &device.name, compile::cache()).map_err(|e| failed("cuBLAS", &e))?;
-        let image = compile::cubin(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
-        let module = context.load_module(Ptx::from_binary(image)).map_err(driver)?;
+        let images = compile::cubins(&format!("sm_{major}{minor}")).map_err(|e| failed("kernels", &e))?;
+        let load = |(element, image)| Ok((element, context.load_module(Ptx::from_binary(image))?));
+        let modules = images.into_iter().map(load).collect::<Result<HashMap<_, _>, _>>().map_err(driver)?;
         let function = |(kernel, element): (&'static str, Type)| {
-            let function = module.load_function(&kernels::name(kernel, element));
+            let function = modules[&element].load_function(&kernels::name(kernel, element));
             function.map(|function| ((kernel, element), function))
         };
         let functions = kernels::all().into_iter().map(function).collect::<Result<_, _>>().map_err(driver)?;
