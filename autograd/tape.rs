@@ -202,15 +202,7 @@ impl<'t, B: Backend> Var<'t, B> {
                 seed: Tensor::full(&tape.device, shape, 1.0), // like the loss
             }
         };
-        for (leaf, gradient) in before {
-            grads.fits(leaf, gradient.shape());
-            assert!(
-                grads.is_leaf[leaf.0],
-                "backward_onto: the variable of shape {} is no leaf",
-                gradient.shape()
-            );
-            grads.leaves[leaf.0] = Some(gradient);
-        }
+        before.into_iter().for_each(|(leaf, gradient)| grads.add_wide(leaf, gradient, &tape.device));
         grads.add(self.id, grads.seed.clone());
         // each borrow ends before `backward` runs, so that it may look at the tape
         let last = || tape.nodes.borrow_mut().pop();
@@ -243,12 +235,6 @@ impl<B: Backend> Grads<B> {
         self.wanted[x.0]
     }
 
-    #[track_caller]
-    fn fits(&self, x: VarId, given: Shape) {
-        let shape = self.shapes[x.0];
-        assert!(given == shape, "gradient: {given} for a variable of shape {shape}");
-    }
-
     /// Adds `dx` to the gradient of `x`.
     ///
     /// # Panics
@@ -264,16 +250,6 @@ impl<B: Backend> Grads<B> {
         } else {
             add_to(&mut self.slots[x.0], dx);
         }
-    }
-
-    /// [`Grads::add`] of what is not rounded to the tape's elements, and for a leaf need not be.
-    #[track_caller]
-    pub(super) fn add_wide(&mut self, x: VarId, dx: Tensor<B::Wide>, device: &B) {
-        if !self.is_leaf[x.0] {
-            return self.add(x, device.narrow(&[&dx]).remove(0)); // like x
-        }
-        self.fits(x, dx.shape());
-        add_to(&mut self.leaves[x.0], dx);
     }
 
     /// Adds the product `a · b` to the gradient of `x`, accumulating inside the product.
@@ -296,6 +272,22 @@ impl<B: Backend> Grads<B> {
     /// The gradient of the leaf `x`, or None if the loss does not depend on it.
     pub fn get(&self, x: Var<'_, B>) -> Option<&Tensor<B::Wide>> {
         self.leaves[x.id.0].as_ref()
+    }
+
+    /// [`Grads::add`] of what is not rounded to the tape's elements, and for a leaf need not be.
+    #[track_caller]
+    pub(super) fn add_wide(&mut self, x: VarId, dx: Tensor<B::Wide>, device: &B) {
+        if !self.is_leaf[x.0] {
+            return self.add(x, device.narrow(&[&dx]).remove(0)); // like x
+        }
+        self.fits(x, dx.shape());
+        add_to(&mut self.leaves[x.0], dx);
+    }
+
+    #[track_caller]
+    fn fits(&self, x: VarId, given: Shape) {
+        let shape = self.shapes[x.0];
+        assert!(given == shape, "gradient: {given} for a variable of shape {shape}");
     }
 
     /// Takes out what has been added to the gradient of `x`, which is no leaf, for a backward that adds its own to it and gives the sum
