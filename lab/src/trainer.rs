@@ -116,35 +116,32 @@ struct Part<'a> {
     timed: bool,
 }
 
-/// [`lane`] on a device.
-type Lane<B> = Box<
-    dyn Fn(&Model<B>, &Params<B>, Part, Values<B>) -> std::result::Result<Pass<B>, Option<NonFinite>>
-        + Send
-        + Sync,
->;
+/// [`lane`] on a device, with the parameters of one step: copies in the device's precision, if theirs is another.
+type LaneOf<'a, B> =
+    Box<dyn Fn(&Model<B>, Part, Values<B>) -> std::result::Result<Pass<B>, Option<NonFinite>> + Sync + 'a>;
+type Lane<B> = Box<dyn for<'a> Fn(&'a Params<B>) -> LaneOf<'a, B> + Send + Sync>;
 
 /// Forward and backward over a part of a batch, on top of the gradients `before`.
 ///
-/// On a tape of the device's precision, C: from copies of the parameters if that is not theirs. Gradients of parameters have their precision
-/// on every tape. bf16 has the exponents of f32, so nothing overflows that would not there, and no loss is scaled.
+/// On a tape of the device's precision, C. Gradients of parameters have theirs on every tape, and are on `own`. bf16 has the exponents of
+/// f32, so nothing overflows that would not there, and no loss is scaled.
 ///
 /// # Errors
 /// A loss that is not finite: the first op that was not.
 fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
-    device: &C,
+    own: &B,
+    params: &Params<C>,
     model: &Model<B>,
-    params: &Params<B>,
     Part { batch, rows, share, timed }: Part,
     before: Values<B>,
 ) -> std::result::Result<Pass<B>, Option<NonFinite>> {
-    let len = batch.inputs.len() / batch.rows;
+    let (device, len) = (params.values.dense[0].device(), batch.inputs.len() / batch.rows);
     let at_once = if C::ASYNCHRONOUS { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut sum = before.cast(&device.wide());
     drop(before); // else they would be copied before they are added to
     let mut op_times = OpTimes::new();
-    let (own, params) = (params.values.dense[0].device(), params.cast(device));
     for row in rows.clone().step_by(at_once) {
         let start = Instant::now();
         let rows = row..rows.end.min(row + at_once);
@@ -172,7 +169,10 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
 }
 
 fn lane_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Lane<B> {
-    Box::new(move |model, params, part, before| lane(&device, model, params, part, before))
+    Box::new(move |params| {
+        let (own, copies) = (params.values.dense[0].device(), params.cast(&device));
+        Box::new(move |model, part, before| lane(own, &copies, model, part, before))
+    })
 }
 
 fn add_times(sum: &mut OpTimes, times: OpTimes) {
@@ -267,6 +267,7 @@ impl<B: Backend> Trainer<B> {
         let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
         let mut loss = 0.0;
         let mut sums: Vec<Values<B>> = Vec::new(); // of each lane
+        let on_params = (self.lane)(&self.params);
         let share = 1.0 / micro_batches.len() as f64;
         let (worker, workers) = (self.link().worker(), self.link().workers());
         for (i, batch) in micro_batches.iter().enumerate() {
@@ -283,7 +284,7 @@ impl<B: Backend> Trainer<B> {
             sums.resize_with(lanes, Values::default);
             let lane = |(i, before): (usize, Values<B>)| {
                 let rows = own.start + own.len() * i / lanes..own.start + own.len() * (i + 1) / lanes;
-                (self.lane)(&self.model, &self.params, Part { batch, rows, share, timed }, before)
+                on_params(&self.model, Part { batch, rows, share, timed }, before)
             };
             let before: Vec<_> = std::mem::take(&mut sums).into_iter().enumerate().collect();
             let passes: Vec<_> = match lanes {
