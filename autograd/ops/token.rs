@@ -60,9 +60,7 @@ impl<'t, B: Backend> Var<'t, B> {
         });
         (y, loss)
     }
-}
 
-impl<'t, B: Backend> Var<'t, B> {
     /// `self.linear(w).cross_entropy(targets)` of x [.., d] and W [v, d] → \[1\]: the output head and the loss in one. Where all logits
     /// would be more than 128 MiB, they exist for some rows at a time.
     ///
