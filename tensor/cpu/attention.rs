@@ -5,6 +5,7 @@
 //! Letters: tq, tk query and key lengths; h head size; S scores, P probabilities, O output, each for one block of one head.
 //! Parallel over (sequence, key/value head): the query heads of a group run in turn, so dK and dV are summed in a fixed order.
 
+use super::rows::LANES;
 use super::{Accum, Attention, Buffer, Cpu, Product, Scalar, Tensor, gemv, rows, simd};
 use rayon::prelude::*;
 
@@ -141,6 +142,26 @@ fn chunks(keys: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..keys).step_by(CHUNK).map(move |first| (first, CHUNK.min(keys - first)))
 }
 
+/// The first `seen` elements of a row of scores and as many more as complete the last vector, so that no loop over them is left
+/// with a rest; the others become copies of the first.
+#[inline(always)]
+fn whole_lanes<T: Scalar>(seen: usize, row: &mut [T]) -> usize {
+    let whole = seen.next_multiple_of(LANES).min(row.len());
+    let first = row[0];
+    row[seen..whole].fill(first);
+    whole
+}
+
+/// x ← f(x) for each, by vectors.
+#[inline(always)]
+fn in_lanes<T: Scalar>(x: &mut [T], f: impl Fn(T) -> T) {
+    let (lanes, rest) = x.as_chunks_mut::<LANES>();
+    for x in lanes {
+        x.iter_mut().for_each(|x| *x = f(*x));
+    }
+    rest.iter_mut().for_each(|x| *x = f(*x));
+}
+
 /// x ← softmax(scale·x); returns the log-sum-exp.
 #[inline(always)]
 fn softmax<T: Scalar>(x: &mut [T], scale: T) -> T {
@@ -253,20 +274,20 @@ pub(super) fn attention<T: Scalar>(
                         #[inline(always)]
                         || {
                             for (i, row) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
-                                let (seen, hidden) = row.split_at_mut(z.seen(start + i, first, keys));
+                                let seen = z.seen(start + i, first, keys);
+                                let whole = whole_lanes(seen, row);
                                 let (top, total) = (&mut tops[i], &mut totals[i]);
-                                let before = std::mem::replace(top, rows::max(seen));
+                                let before = std::mem::replace(top, rows::max(&row[..whole]));
                                 if first > 0 {
                                     *top = top.max(before);
                                     let shrink = ((before - *top) * scale).fast_exp();
                                     *total *= shrink;
                                     o_row(i).iter_mut().for_each(|o| *o *= shrink);
                                 }
-                                for s in seen.iter_mut() {
-                                    *s = ((*s - *top) * scale).fast_exp(); // P, not yet divided by its sum
-                                }
-                                *total += rows::sum(seen, |p| p);
-                                hidden.fill(T::zero());
+                                // P, not yet divided by its sum
+                                in_lanes(&mut row[..whole], |s| ((s - *top) * scale).fast_exp());
+                                row[seen..].fill(T::zero());
+                                *total += rows::sum(&row[..whole], |p| p);
                             }
                         },
                     );
@@ -338,9 +359,10 @@ pub(super) fn attention_grad<T: Scalar>(
                                 let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
                                 let lse = lse[(b * how.heads + j) * z.tq + start + i];
                                 let seen = z.seen(start + i, first, keys);
-                                for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
-                                    *p = (*p * scale - lse).fast_exp();
-                                    *dp = *p * (*dp - pull) * scale;
+                                let whole = whole_lanes(seen, p);
+                                in_lanes(&mut p[..whole], |p| (p * scale - lse).fast_exp());
+                                for (&p, dp) in p[..whole].iter().zip(&mut dp[..whole]) {
+                                    *dp = p * (*dp - pull) * scale;
                                 }
                                 p[seen..].fill(T::zero());
                                 dp[seen..].fill(T::zero());

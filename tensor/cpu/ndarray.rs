@@ -23,7 +23,7 @@ impl<T: Scalar, D: Dimension> From<Array<T, D>> for Tensor<Cpu<T>> {
 }
 
 impl<T: Scalar> From<Tensor<Cpu<T>>> for ArrayD<T> {
-    /// Takes the tensor's memory if nothing else shares it, else copies.
+    /// Takes the memory of a tensor that came from a vector or an array and shares it with no other, else copies.
     fn from(tensor: Tensor<Cpu<T>>) -> Self {
         let shape = tensor.shape();
         let mut values = std::sync::Arc::unwrap_or_clone(tensor.buffer).into_vec();

@@ -60,15 +60,23 @@ pub(super) fn fold<T: Scalar>(mut lanes: [T; LANES]) -> T {
 /// The largest element; NaN is passed over (it comes back through the exponentials).
 #[inline(always)]
 pub(super) fn max<T: Scalar>(x: &[T]) -> T {
+    let greater = |x: T, y: T| if x > y { x } else { y };
     let mut lanes = [T::neg_infinity(); LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for x in chunks.chain(std::iter::once(rest)) {
-        for (lane, &x) in lanes.iter_mut().zip(x) {
-            *lane = if x > *lane { x } else { *lane };
-        }
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for x in chunks {
+        lanes = std::array::from_fn(|i| greater(x[i], lanes[i]));
     }
-    lanes.into_iter().fold(T::neg_infinity(), T::max)
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = greater(x, *lane);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = greater(lanes[i + width], lanes[i]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// `f(row of x, row of y)` for rows of width d.
