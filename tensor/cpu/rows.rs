@@ -371,11 +371,22 @@ pub(super) fn rope<T: Scalar>(
                     let (cos, sin) = table[(offset + row % len) * h..][..h].split_at(half);
                     for (y, x) in y.chunks_exact_mut(h).zip(x.chunks_exact(h)) {
                         let ((ya, yb), (xa, xb)) = (y.split_at_mut(half), x.split_at(half));
-                        let angles = cos.iter().zip(sin);
-                        let pairs = ya.iter_mut().zip(yb).zip(xa.iter().zip(xb));
-                        for (((ya, yb), (&a, &b)), (&cos, &sin)) in pairs.zip(angles) {
-                            *ya = a * cos - b * (sign * sin);
-                            *yb = a * (sign * sin) + b * cos;
+                        let turn = |a: T, b: T, cos: T, sin: T| {
+                            let sin = sign * sin;
+                            [a * cos - b * sin, a * sin + b * cos]
+                        };
+                        let whole = half - half % LANES;
+                        for at in (0..whole).step_by(LANES) {
+                            // by value: the compiler need not ask whether what is written is read again
+                            let [a, b, cos, sin] = [xa, xb, cos, sin]
+                                .map(|x| *x[at..].first_chunk::<LANES>().expect("a whole vector"));
+                            let turned: [[T; 2]; LANES] =
+                                std::array::from_fn(|i| turn(a[i], b[i], cos[i], sin[i]));
+                            ya[at..at + LANES].copy_from_slice(&turned.map(|y| y[0]));
+                            yb[at..at + LANES].copy_from_slice(&turned.map(|y| y[1]));
+                        }
+                        for i in whole..half {
+                            [ya[i], yb[i]] = turn(xa[i], xb[i], cos[i], sin[i]);
                         }
                     }
                 }
