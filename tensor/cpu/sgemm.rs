@@ -108,6 +108,8 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
     let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
     // a transposed A that few panels read is not worth a copy
     let copy_a = a_col != 1 && n > 2 * width;
+    // a B as wide as a panel is one already
+    let copy_b = !(n == width && b_col == 1 && b_row == width as isize);
     let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
     // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, PANELS)
     unsafe {
@@ -116,9 +118,13 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
             for p0 in (0..k.max(1)).step_by(k_step) {
                 let kc = k_step.min(k - p0);
                 let accum = if p0 > 0 { Accum::Add } else { accum };
-                for j in (0..nc).step_by(width) {
-                    let from = b.offset(p0 as isize * b_row + (j0 + j) as isize * b_col);
-                    pack_b::<S>(kc, width.min(nc - j), from, b_row, b_col, b_packed.add(j * kc));
+                let mut panels = b.offset(p0 as isize * b_row);
+                if copy_b {
+                    for j in (0..nc).step_by(width) {
+                        let from = panels.offset((j0 + j) as isize * b_col);
+                        pack_b::<S>(kc, width.min(nc - j), from, b_row, b_col, b_packed.add(j * kc));
+                    }
+                    panels = b_packed;
                 }
                 for i0 in (0..m).step_by(MC) {
                     let mc = MC.min(m - i0);
@@ -136,7 +142,7 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                         };
                         let c = (c.offset((i0 + i) as isize * c_row + j0 as isize), c_row);
                         let wanted = lower.map_or(nc, |row| nc.min((row + i0 + i + h).saturating_sub(j0)));
-                        let panels = (b_packed.cast_const(), wanted, nc);
+                        let panels = (panels, wanted, nc);
                         match h {
                             8 => strip::<S, 8>(simd, kc, rows, panels, accum, c),
                             4 => strip::<S, 4>(simd, kc, rows, panels, accum, c),
