@@ -39,8 +39,10 @@ pub enum Method {
     Spectron,
     /// factor pairs, trained by Spectron with the largest radius that its bound allows
     SpectronExact,
-    /// the same, with every step proven to keep to ‖ΔW‖ ≤ η
+    /// factor pairs, trained by Spectron with every step proven to keep to ‖ΔW‖ ≤ η
     SpectronCertified,
+    /// the same with the largest radius that its bound allows
+    SpectronExactCertified,
     /// factor pairs, each factor trained by AdamW
     Adamw,
     /// factor pairs, each factor trained by Muon (Spectron without renormalisation)
@@ -637,10 +639,12 @@ impl Config {
     /// A value that is out of range or does not fit another, with what would fit.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(message));
-        if self.method == Method::SpectronCertified && self.precision == Precision::Bf16NewtonSchulz {
-            return fail(
-                "spectron-certified keeps its bound with Newton–Schulz in f32: take precision bf16".into(),
-            );
+        let certified = matches!(self.method, Method::SpectronCertified | Method::SpectronExactCertified);
+        if certified && self.precision == Precision::Bf16NewtonSchulz {
+            return fail(format!(
+                "{} keeps its bound with Newton–Schulz in f32: take precision bf16",
+                name(self.method)
+            ));
         }
         for (key, value) in [
             ("steps", self.steps),

@@ -45,8 +45,9 @@ pub fn entry<B: Backend>(method: Method) -> Entry<B> {
     match method {
         Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
         Method::SpectronExact => line(Factored(spectron_exact), 0.025, 4e-3, flops::spectron),
-        Method::SpectronCertified => {
-            line(Factored(spectron_certified), 0.025, 4e-3, flops::spectron_certified)
+        Method::SpectronCertified => line(Factored(certified), 0.05, 4e-3, flops::spectron_certified),
+        Method::SpectronExactCertified => {
+            line(Factored(exact_certified), 0.025, 4e-3, flops::spectron_certified)
         }
         Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
         Method::MuonFactors => line(Factored(muon_factors), 0.01, 4e-3, flops::muon),
@@ -120,7 +121,11 @@ fn spectron_exact<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B
     spectron_with(c, pairs, SpectronConfig { radius: Radius::Exact, ..SpectronConfig::default() })
 }
 
-fn spectron_certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+fn certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
+    spectron_with(c, pairs, SpectronConfig { certify: true, ..SpectronConfig::default() })
+}
+
+fn exact_certified<B: Backend>(c: &Config, pairs: &[FactorPair<B>]) -> PairRule<B> {
     spectron_with(
         c,
         pairs,

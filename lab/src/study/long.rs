@@ -104,7 +104,11 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
         limit("growth of σ_B from the second window to the last", growth(|w| w.sigma_b), GROWTH);
         let ratio = windows.iter().filter_map(|w| w.gauge_ratio).reduce(f64::max);
         limit("largest σ_A/σ_B or σ_B/σ_A of a pair", ratio, GAUGE_RATIO);
-        if let Method::Spectron | Method::SpectronExact | Method::SpectronCertified = trial.config.method {
+        if let Method::Spectron
+        | Method::SpectronExact
+        | Method::SpectronCertified
+        | Method::SpectronExactCertified = trial.config.method
+        {
             let update = windows.iter().filter_map(|w| w.update_over_eta).reduce(f64::max);
             limit("largest ‖ΔW‖/η", update, 1.0); // what its radius is for
         }
