@@ -45,12 +45,17 @@ pub(super) fn sum2<T: Scalar>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
 
 /// Adds the lanes pairwise.
 #[inline(always)]
-pub(super) fn fold<T: Scalar>(mut lanes: [T; LANES]) -> T {
+pub(super) fn fold<T: Scalar>(lanes: [T; LANES]) -> T {
+    fold_by(lanes, |x, y| x + y)
+}
+
+/// Joins the lanes pairwise.
+#[inline(always)]
+fn fold_by<T: Scalar>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            let upper = lanes[i + width];
-            lanes[i] += upper;
+            lanes[i] = join(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
@@ -69,14 +74,7 @@ pub(super) fn max<T: Scalar>(x: &[T]) -> T {
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane = greater(x, *lane);
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = greater(lanes[i + width], lanes[i]);
-        }
-        width /= 2;
-    }
-    lanes[0]
+    fold_by(lanes, greater)
 }
 
 /// `f(row of x, row of y)` for rows of width d.
