@@ -1,6 +1,7 @@
-//! What README and CONTRIBUTING say about files is true: line counts of the reading path, links, the library example, that
-//! every example shows its output (.ci/run compares it with what the example prints).
+//! What README, CONTRIBUTING and docs say is true: line counts of the reading path, links, the library example, that every
+//! example shows its output (.ci/run compares it with what the example prints), that means are those of the recorded runs.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 fn root() -> PathBuf {
@@ -99,5 +100,76 @@ fn every_example_shows_its_output() {
         let at = head.iter().position(|line| line.contains(&command));
         let at = at.unwrap_or_else(|| panic!("{}: no command at the top", path.display()));
         assert!(head.len() > at + 2, "{}: no expected output after the command", path.display());
+    }
+}
+
+/// "1.6844 ± 0.0090" of a text, as mean, standard deviation, and what rounding may have changed in both.
+fn means(text: &str) -> Vec<(f64, f64, f64)> {
+    let number = |c: char| c.is_ascii_digit() || c == '.';
+    let mean = |(before, after): (&str, &str)| {
+        let mean = &before[before.rfind(|c| !number(c)).map_or(0, |at| at + 1)..];
+        let deviation = &after[..after.find(|c| !number(c)).unwrap_or(after.len())];
+        let digits = mean.len() - mean.find('.')? - 1;
+        let rounding = 0.5001 * 0.1f64.powi(digits as i32);
+        Some((mean.parse().ok()?, deviation.trim_end_matches('.').parse().ok()?, rounding))
+    };
+    text.match_indices(" ± ").filter_map(|(at, sign)| mean((&text[..at], &text[at + sign.len()..]))).collect()
+}
+
+/// Mean and sample standard deviation.
+fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    (mean, (squares / (n - 1.0)).sqrt())
+}
+
+/// Mean and deviation over the seeds for every arm and rate in a table of runs.
+fn recorded(csv: &str) -> Vec<(f64, f64)> {
+    let text = read(csv);
+    let mut rows = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+    let header = rows.next().unwrap();
+    let column = |name: &str| header.iter().position(|h| *h == name);
+    let setting = ["arm", "network", "method", "lr", "adam_lr", "rest", "judged_on"].map(column);
+    let value = column("val_loss").or(column("accuracy")).unwrap_or_else(|| panic!("{csv}: no results"));
+    let mut groups: HashMap<Vec<&str>, Vec<f64>> = HashMap::new();
+    for row in rows {
+        let Ok(value) = row[value].parse() else { continue }; // a diverged run
+        groups.entry(setting.iter().flatten().map(|&at| row[at]).collect()).or_default().push(value);
+    }
+    groups.into_values().filter(|values| values.len() > 1).map(|values| mean_and_deviation(&values)).collect()
+}
+
+#[test]
+fn the_means_of_the_results_are_those_of_the_recorded_runs() {
+    let close = |is: (f64, f64, f64), (mean, deviation): (f64, f64)| {
+        (is.0 - mean).abs() <= is.2 && (is.1 - deviation).abs() <= is.2
+    };
+    let results = read("docs/results.md");
+    let mut count = 0;
+    for section in results.split("\n## ") {
+        let tables = links(section).into_iter().filter(|link| link.ends_with(".csv"));
+        let known: Vec<_> = tables.flat_map(|csv| recorded(&format!("docs/{csv}"))).collect();
+        for line in section.lines() {
+            // a row that lists its seeds' losses needs no table
+            let seeds = line.split('|').map(|cell| cell.split(", ").map(|v| v.trim().parse()).collect());
+            let seeds: Vec<Vec<f64>> =
+                seeds.flat_map(|cell: Result<_, _>| cell).filter(|c: &Vec<_>| c.len() > 1).collect();
+            let listed: Vec<_> = seeds.iter().map(|s| mean_and_deviation(s)).collect();
+            for is in means(line) {
+                count += 1;
+                assert!(
+                    known.iter().chain(&listed).any(|&runs| close(is, runs)),
+                    "{} ± {} is in no table that its section links: {line}",
+                    is.0,
+                    is.1
+                );
+            }
+        }
+    }
+    assert!(count > 200, "{count}");
+    let known = means(&results);
+    for is in means(&read("README.md")) {
+        assert!(known.iter().any(|k| close(is, (k.0, k.1))), "{} ± {} is not in docs/results.md", is.0, is.1);
     }
 }

@@ -586,9 +586,10 @@ pub struct StudyArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   rankgrad report runs/spectron-tiny-001 runs/adamw-tiny-001
-  rankgrad report studies/methods --out methods.html --svg pictures")]
+  rankgrad report studies/methods --out methods.html --svg pictures
+  rankgrad report docs/studies/stability.csv")]
 pub struct ReportArgs {
-    /// Directories of runs and of studies
+    /// Directories of runs and of studies; a study's results.csv, under any name, does alone
     #[arg(required = true, value_name = "RUN_OR_STUDY")]
     pub paths: Vec<PathBuf>,
     /// The page, replaced if it exists

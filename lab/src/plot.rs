@@ -1,4 +1,4 @@
-//! Pictures (SVG) for papers: loss curves, final loss against the learning rate, a quantity over the steps.
+//! Pictures (SVG) for papers: loss curves, final loss against the learning rate or the size, a quantity over the steps.
 //!
 //! Curves of the same name share a colour and an entry in the legend, which stands beside the plot. The colours keep apart for
 //! colour-blind readers (Okabe and Ito 2008, without their lightest); beyond six names, lines are dashed.
@@ -110,23 +110,23 @@ pub fn losses(path: &Path, curves: &[Curve]) -> Result<()> {
     write(path, ["step", "loss (nats per token)"], false, series)
 }
 
-/// Final losses of one arm: (learning rate, loss) of each run, and (learning rate, mean, standard deviation).
-pub struct Rates {
+/// Final losses of one arm or method: (x, loss) of each run, and (x, mean, standard deviation).
+pub struct Losses {
     pub name: String,
     pub runs: Vec<(f64, f64)>,
     pub means: Vec<(f64, f64, f64)>,
 }
 
-/// Writes the picture of final losses against the learning rate, on a logarithmic axis.
+/// Writes the picture of final losses against x, on a logarithmic axis.
 ///
 /// # Errors
 /// Arms without a point, or a file that cannot be written.
-pub fn rates(path: &Path, arms: &[Rates]) -> Result<()> {
+pub fn final_losses(path: &Path, x: &str, arms: &[Losses]) -> Result<()> {
     let mut series = vec![];
     for (arm, (colour, dash)) in arms.iter().zip(colours(arms.iter().map(|a| a.name.as_str()))) {
-        let points: Vec<_> = arm.means.iter().map(|&(lr, mean, _)| (lr.log10(), mean)).collect();
+        let points: Vec<_> = arm.means.iter().map(|&(x, mean, _)| (x.log10(), mean)).collect();
         let deviations = arm.means.iter().map(|m| m.2).collect();
-        let runs = arm.runs.iter().map(|&(lr, loss)| (lr.log10(), loss)).collect();
+        let runs = arm.runs.iter().map(|&(x, loss)| (x.log10(), loss)).collect();
         let (none, colour) = (String::new(), colour.to_rgba());
         let dots = Series {
             name: none.clone(),
@@ -140,7 +140,7 @@ pub fn rates(path: &Path, arms: &[Rates]) -> Result<()> {
         let line = Series { name: arm.name.clone(), colour, mark: Mark::Line(2), dash, points };
         series.extend([dots, ranges, line]);
     }
-    write(path, ["learning rate", "validation loss (nats per token)"], true, series)
+    write(path, [x, "validation loss (nats per token)"], true, series)
 }
 
 /// A line of (step, value), with what the legend calls it and those like it.
@@ -350,12 +350,12 @@ mod tests {
     fn rates_and_lines_are_named_once_and_names_are_escaped() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rates.svg");
-        let arm = Rates {
+        let arm = Losses {
             name: "a <b> & c".into(),
             runs: vec![(0.01, 2.0), (0.1, 1.5)],
             means: vec![(0.01, 2.0, 0.1)],
         };
-        rates(&path, &[arm]).unwrap();
+        final_losses(&path, "learning rate", &[arm]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.contains("a &lt;b&gt; &amp; c") && svg.contains("learning rate"), "{svg}");
         let line =

@@ -13,8 +13,8 @@ use std::path::Path;
 use crate::cli::ReportArgs;
 use crate::error::{Error, Result, cannot};
 use crate::files::write_atomically;
-use crate::plot::{self, Curve, Line, Rates};
-use figures::{QUANTITIES, layers, matrices, place, ramp, rate_lines, with_spectra};
+use crate::plot::{self, Curve, Line, Losses};
+use figures::{QUANTITIES, layers, matrices, place, ramp, rate_lines, size_lines, with_spectra};
 use input::Input;
 
 /// Writes the page and, if asked, the pictures.
@@ -39,7 +39,7 @@ pub fn report(args: &ReportArgs) -> Result<()> {
     Ok(())
 }
 
-/// loss.svg, learning-rate.svg of each study, RUN-QUANTITY.svg of each run with telemetry. Returns their number.
+/// loss.svg, learning-rate.svg and size.svg of each study, RUN-QUANTITY.svg of each run with telemetry. Returns their number.
 fn pictures(input: &Input, directory: &Path) -> Result<usize> {
     let mut count = 0;
     let curves: Vec<Curve> = input
@@ -56,18 +56,22 @@ fn pictures(input: &Input, directory: &Path) -> Result<usize> {
         count += 1;
     }
     for (i, study) in input.studies.iter().enumerate() {
-        let arms: Vec<Rates> = rate_lines(study)
-            .into_iter()
-            .map(|l| Rates {
-                name: l.name,
-                runs: l.runs.iter().map(|r| (r.0, r.1)).collect(),
-                means: l.means,
-            })
-            .collect();
-        if arms.iter().any(|a| !a.runs.is_empty()) {
-            let number = if input.studies.len() > 1 { format!("-{}", i + 1) } else { String::new() };
-            plot::rates(&directory.join(format!("learning-rate{number}.svg")), &arms)?;
-            count += 1;
+        let number = if input.studies.len() > 1 { format!("-{}", i + 1) } else { String::new() };
+        for (file, x, lines) in
+            [("learning-rate", "learning rate", rate_lines(study)), ("size", "parameters", size_lines(study))]
+        {
+            let losses: Vec<Losses> = lines
+                .into_iter()
+                .map(|l| Losses {
+                    name: l.name,
+                    runs: l.runs.iter().map(|r| (r.0, r.1)).collect(),
+                    means: l.means,
+                })
+                .collect();
+            if losses.iter().any(|l| !l.runs.is_empty()) {
+                plot::final_losses(&directory.join(format!("{file}{number}.svg")), x, &losses)?;
+                count += 1;
+            }
         }
     }
     for run in with_spectra(input) {

@@ -242,6 +242,46 @@ fn a_page_of_a_study_shows_tables_and_the_best_rates() {
     assert!(document.contains("<h1>Rates &amp; &lt;i&gt;arms&lt;/i&gt;</h1>"));
 }
 
+/// Also what stands in docs/studies, which has no runs beside it.
+#[test]
+fn a_studys_table_alone_shows_rates_and_sizes() {
+    let desk = Desk::new();
+    let mut rows = String::from("run,arm,method,lr,adam_lr,seed,at_best,params,val_loss,diverged_step\n");
+    for (method, at) in [("spectron", 0.0), ("dense-muon", 0.3)] {
+        for (width, params) in [(24, 29_232), (48, 91_728)] {
+            for seed in [1, 2] {
+                for lr in [0.01, 0.02] {
+                    let (best, loss) = (lr == 0.02, 2.0 + at - lr + 0.1 * f64::from(seed));
+                    rows += &format!(
+                        "{method}-{width}-{lr}-{seed},{method}-d{width},{method},{lr},0.004,{seed},{best},{params},{loss},\n"
+                    );
+                }
+            }
+        }
+    }
+    desk.write("flops.csv", &rows);
+    let page = desk.page(&["flops.csv", "--svg", "pictures"], "report.html");
+    assert!(page.contains("<h1>flops</h1>"));
+    let svg = std::fs::read_to_string(desk.path("pictures/size.svg")).unwrap();
+    assert!(svg.contains(">\nparameters\n<") && svg.contains("dense-muon") && !svg.contains("d24"), "{svg}");
+    assert!(desk.path("pictures/learning-rate.svg").exists());
+    let own = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/studies")).unwrap();
+    let own: Vec<_> =
+        own.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "csv")).collect();
+    // that of an example is of another form
+    let own = own.iter().map(|p| p.to_str().unwrap()).filter(|p| !p.contains("mnist"));
+    desk.page(&own.collect::<Vec<_>>(), "report.html");
+
+    let Some(chromium) = chromium() else { return };
+    desk.page(&["flops.csv"], "report.html");
+    let document = opened(&chromium, &desk.path("report.html"));
+    assert_eq!(assert_drawn(&document), ["sizes0", "rates0"]);
+    let all = figures(&document);
+    // two methods with two sizes: two seeds and a mean each; in the other figure at two rates
+    assert_eq!(all[0].1.matches("class=\"point\"").count(), 2 * 2 * 3);
+    assert_eq!(all[1].1.matches("class=\"point\"").count(), 2 * 2 * 3 * 2);
+}
+
 #[test]
 fn every_choice_of_every_control_can_be_drawn() {
     let desk = Desk::new();
@@ -307,6 +347,7 @@ fn unusable_input_is_refused_with_a_reason() {
     desk.run("empty", "", 2.0, None);
     desk.write("empty/metrics.jsonl", "");
     desk.write("file", "");
+    desk.write("bare.csv", "loss\n2.0\n");
     desk.write("broken/study.toml", "");
     desk.write("broken/results.csv", "arm,lr,at_best\na,0.1,true\n");
     desk.run("odd", "", 2.0, None);
@@ -316,6 +357,7 @@ fn unusable_input_is_refused_with_a_reason() {
     for (arguments, says) in [
         (&["none"][..], "none does not exist"),
         (&["file"], "file is a file: give the directory"),
+        (&["bare.csv"], "bare.csv has no column `arm`"),
         (&["runs"], "runs is neither a run"),
         (&["runs"], "there are runs inside: give runs/a"),
         (&["empty"], "empty has no records in metrics.jsonl yet"),

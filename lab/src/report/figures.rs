@@ -14,7 +14,7 @@ use plotly::{Scatter, layout::Legend};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::input::{Input, Run, Spectra, Study, settings};
+use super::input::{Input, Run, Spectra, Study, Trial, settings};
 use crate::flops::step_flops;
 use crate::plot::{COLOURS, smoothed};
 
@@ -118,7 +118,7 @@ impl Figures {
         let limit = (20_000 / input.runs.len().max(1)).clamp(200, 2000);
         let mut all = Figures { figures: vec![], x: BTreeMap::new(), limit, thinned: false };
         for (i, study) in input.studies.iter().enumerate() {
-            all.rates(i, study, &input.arms());
+            all.study(i, study, &input.arms());
         }
         if !input.runs.is_empty() {
             all.losses(input);
@@ -243,11 +243,24 @@ impl Figures {
         }
     }
 
-    fn rates(&mut self, number: usize, study: &Study, arms: &[&str]) {
+    /// Final losses of a study: against the learning rate and, where a method was run at several sizes, against these.
+    fn study(&mut self, number: usize, study: &Study, arms: &[&str]) {
+        if study.trials.iter().all(|t| t.val_loss.is_none()) {
+            return;
+        }
+        let sizes = size_lines(study);
+        if !sizes.is_empty() {
+            let methods: Vec<&str> = sizes.iter().map(|l| l.arm.as_str()).collect();
+            self.losses_against(SIZES, &format!("sizes{number}"), &study.title, &sizes, &methods);
+        }
+        self.losses_against(RATES, &format!("rates{number}"), &study.title, &rate_lines(study), arms);
+    }
+
+    fn losses_against(&mut self, x: Against, id: &str, study: &str, lines: &[LossLine], coloured: &[&str]) {
         let mut curves = vec![];
-        let highest = study.trials.iter().filter_map(|t| t.val_loss).fold(f64::NEG_INFINITY, f64::max);
-        for line in rate_lines(study) {
-            let colour = Colour::of(&line.arm, arms);
+        let highest = lines.iter().flat_map(|l| &l.runs).map(|r| r.1).fold(f64::NEG_INFINITY, f64::max);
+        for line in lines {
+            let colour = Colour::of(&line.arm, coloured);
             let mut add = |trace: Box<Scatter<f64, f64>>, legend| {
                 let trace = trace
                     .name(escaped(&line.arm))
@@ -255,12 +268,13 @@ impl Figures {
                     .meta(escaped(&line.name));
                 curves.push(Curve { trace, x: None, tags: BTreeMap::new(), legend });
             };
+            let hover = |what: &str| format!("%{{meta}}<br>{} %{{x}}<br>{what}<extra></extra>", x.word);
             let xs = line.means.iter().map(|m| m.0).collect();
             let mut mean = Scatter::new(xs, line.means.iter().map(|m| rounded(m.1)).collect())
                 .mode(Mode::LinesMarkers)
                 .line(colour.line(2.0))
                 .marker(Marker::new().color(colour.text()).size(9).symbol(MarkerSymbol::LineEWOpen))
-                .hover_template("%{meta}<br>learning rate %{x}<br>mean %{y:.4f}<extra></extra>");
+                .hover_template(hover("mean %{y:.4f}"));
             if line.means.iter().any(|m| m.2 > 0.0) {
                 let deviations = line.means.iter().map(|m| rounded(m.2)).collect();
                 mean = mean.error_y(ErrorData::new(ErrorType::Data).array(deviations).color(colour.text()));
@@ -272,7 +286,7 @@ impl Figures {
             )
             .mode(Mode::Markers)
             .marker(Marker::new().color(colour.text()).size(8).opacity(0.6))
-            .hover_template("%{meta}<br>learning rate %{x}<br>%{y:.4f} %{text}<extra></extra>")
+            .hover_template(hover("%{y:.4f} %{text}"))
             .text_array(line.runs.iter().map(|r| escaped(&r.2)).collect());
             add(seeds, false);
             if !line.diverged.is_empty() && highest.is_finite() {
@@ -286,24 +300,15 @@ impl Figures {
                             .symbol(MarkerSymbol::XThin)
                             .line(colour.line(2.0)),
                     )
-                    .hover_template("%{meta}<br>learning rate %{x}<br>%{text}<extra></extra>")
+                    .hover_template(hover("%{text}"))
                     .text_array(line.diverged.iter().map(|d| escaped(&d.1)).collect());
                 add(crosses, false);
             }
         }
-        if study.trials.iter().all(|t| t.val_loss.is_none()) {
-            return;
-        }
-        let caption = "Points: one run each. Line and bars: mean and standard deviation over the seeds. Crosses at the top \
-                       edge: runs that diverged.";
-        let layout = layout(
-            "peak learning rate of the blocks' matrices",
-            "final validation loss (nats per token)",
-            true,
-        );
-        let title = format!("{}: final loss against learning rate", study.title);
+        let layout = layout(x.axis, "final validation loss (nats per token)", true);
+        let title = format!("{study}: {}", x.title);
         let controls = vec![scale("x scale", "xaxis.type", true), scale("y scale", "yaxis.type", false)];
-        self.push(&format!("rates{number}"), &title, caption, curves, layout, controls);
+        self.push(id, &title, x.caption, curves, layout, controls);
     }
 
     fn spectra(&mut self, input: &Input) {
@@ -409,63 +414,110 @@ impl Figures {
     }
 }
 
-/// One line of a study's picture.
-pub struct RateLine {
+/// What a study's final losses are drawn against.
+struct Against {
+    title: &'static str,
+    axis: &'static str,
+    word: &'static str,
+    caption: &'static str,
+}
+
+const RATES: Against = Against {
+    title: "final loss against learning rate",
+    axis: "peak learning rate of the blocks' matrices",
+    word: "learning rate",
+    caption: "Points: one run each. Line and bars: mean and standard deviation over the seeds. Crosses at the top edge: runs \
+              that diverged.",
+};
+
+const SIZES: Against = Against {
+    title: "final loss against size, each size at its best learning rate",
+    axis: "parameters",
+    word: "parameters",
+    caption: "Points: one run each. Line and bars: mean and standard deviation over the seeds.",
+};
+
+/// One line of a study's picture: final losses against x, the learning rate or the number of parameters.
+pub struct LossLine {
+    /// The arm or, against sizes, the method.
     pub arm: String,
-    /// The arm, and AdamW's rate where the arm has several for one learning rate.
+    /// The same, and AdamW's rate where the arm has several for one learning rate.
     pub name: String,
-    /// (learning rate, mean, standard deviation over the seeds), by learning rate. Diverged runs do not count.
+    /// (x, mean, standard deviation over the seeds), by x. Diverged runs do not count.
     pub means: Vec<(f64, f64, f64)>,
-    /// (learning rate, loss, words).
+    /// (x, loss, words).
     pub runs: Vec<(f64, f64, String)>,
-    /// (learning rate, words).
+    /// (x, words).
     pub diverged: Vec<(f64, String)>,
 }
 
-/// The lines of a study: one per arm, or per arm and AdamW's rate where these vary independently.
-pub fn rate_lines(study: &Study) -> Vec<RateLine> {
-    let settings = settings(&study.trials);
-    let of = |s: &[usize]| &study.trials[s[0]];
-    let mut lines: Vec<RateLine> = vec![];
-    for setting in &settings {
-        let first = of(setting);
-        let several = settings.iter().any(|other| {
-            let other = of(other);
-            (&other.arm, other.lr) == (&first.arm, first.lr) && other.adam_lr != first.adam_lr
-        });
-        let name = match first.adam_lr {
-            Some(rate) if several => format!("{}, AdamW's rate {rate}", first.arm),
-            _ => first.arm.clone(),
-        };
-        let at = lines.iter().position(|l| l.name == name).unwrap_or_else(|| {
-            let (means, runs, diverged) = (vec![], vec![], vec![]);
-            lines.push(RateLine { arm: first.arm.clone(), name, means, runs, diverged });
-            lines.len() - 1
-        });
-        let line = &mut lines[at];
+impl LossLine {
+    /// Adds the runs that differ in their seed only.
+    fn add(&mut self, x: f64, trials: &[&Trial]) {
         let mut losses = vec![];
-        for trial in setting.iter().map(|&t| &study.trials[t]) {
+        for trial in trials {
             let seed = trial.seed.as_ref().map_or(String::new(), |s| format!("seed {s}"));
             match (&trial.diverged, trial.val_loss) {
                 (None, Some(loss)) => {
-                    line.runs.push((trial.lr, loss, seed));
+                    self.runs.push((x, loss, seed));
                     losses.push(loss);
                 }
-                (Some(step), _) => line.diverged.push((trial.lr, format!("diverged at step {step}, {seed}"))),
-                (None, None) => line.diverged.push((trial.lr, format!("no final loss, {seed}"))),
+                (Some(step), _) => self.diverged.push((x, format!("diverged at step {step}, {seed}"))),
+                (None, None) => self.diverged.push((x, format!("no final loss, {seed}"))),
             }
         }
         if !losses.is_empty() {
             let n = losses.len() as f64;
             let mean = losses.iter().sum::<f64>() / n;
             let square: f64 = losses.iter().map(|l| (l - mean).powi(2)).sum();
-            line.means.push((first.lr, mean, (square / (n - 1.0).max(1.0)).sqrt()));
+            self.means.push((x, mean, (square / (n - 1.0).max(1.0)).sqrt()));
+            self.means.sort_by(|a, b| a.0.total_cmp(&b.0));
         }
     }
-    for line in &mut lines {
-        line.means.sort_by(|a, b| a.0.total_cmp(&b.0));
+}
+
+/// The line of this name, at the end if it is a new one.
+fn line<'a>(lines: &'a mut Vec<LossLine>, arm: &str, name: &str) -> &'a mut LossLine {
+    let at = lines.iter().position(|l| l.name == name).unwrap_or_else(|| {
+        let (means, runs, diverged) = (vec![], vec![], vec![]);
+        lines.push(LossLine { arm: arm.to_owned(), name: name.to_owned(), means, runs, diverged });
+        lines.len() - 1
+    });
+    &mut lines[at]
+}
+
+/// The lines of a study against the rate: one per arm, or per arm and AdamW's rate where these vary independently.
+pub fn rate_lines(study: &Study) -> Vec<LossLine> {
+    let settings = settings(&study.trials);
+    let mut lines = vec![];
+    for setting in &settings {
+        let first = setting[0];
+        let several = settings.iter().any(|other| {
+            let other = other[0];
+            (&other.arm, other.lr) == (&first.arm, first.lr) && other.adam_lr != first.adam_lr
+        });
+        let name = match first.adam_lr {
+            Some(rate) if several => format!("{}, AdamW's rate {rate}", first.arm),
+            _ => first.arm.clone(),
+        };
+        line(&mut lines, &first.arm, &name).add(first.lr, setting);
     }
     lines
+}
+
+/// The lines of a study against the size: one per method, each arm at its best rate. None where no method has two sizes.
+pub fn size_lines(study: &Study) -> Vec<LossLine> {
+    let mut lines = vec![];
+    for setting in settings(&study.trials) {
+        let at_best: Vec<&Trial> = setting.into_iter().filter(|t| t.at_best).collect();
+        let Some(&Trial { method: Some(ref method), parameters: Some(size), .. }) = at_best.first().copied()
+        else {
+            continue;
+        };
+        line(&mut lines, method, method).add(size, &at_best);
+    }
+    let sizes = |l: &LossLine| l.means.first().map(|m| m.0) != l.means.last().map(|m| m.0);
+    if lines.iter().any(sizes) { lines } else { vec![] }
 }
 
 /// The matrices of a run, by layer.

@@ -1,7 +1,7 @@
 //! What a report is about: runs and studies, read from their directories.
 //!
-//! A study is a directory with study.toml or results.csv; its runs lie in runs/ID. Anything else must be a run. Read
-//! tolerantly: a run that has not ended has no final.json, one without telemetry no spectra, an older one fewer fields.
+//! A study is a directory with study.toml or results.csv; its runs lie in runs/ID. Its results.csv, under any name, will do
+//! alone: what it has no records for is not drawn. Anything else must be a run. Read tolerantly: a run that has not ended has no final.json, one without telemetry no spectra, an older one fewer fields.
 //! Not here: what is drawn (figures.rs), and how the page says it (page.rs).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,6 +69,9 @@ pub struct Trial {
     pub run: Option<String>,
     /// As the report calls the arm.
     pub arm: String,
+    /// As it calls the arm's method; absent in files without that column, as is the number of parameters.
+    pub method: Option<String>,
+    pub parameters: Option<f64>,
     pub lr: f64,
     pub adam_lr: Option<f64>,
     pub seed: Option<String>,
@@ -89,15 +92,20 @@ impl Input {
         let mut input = Self::default();
         let names = names(paths);
         for (path, name) in paths.iter().zip(names) {
+            let prefix = (paths.len() > 1).then_some(name.as_str());
+            if path.is_file() && path.extension().is_some_and(|e| e == "csv") {
+                let title = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                input.studies.push(Study { title, tables: vec![], trials: trials(path, &[], prefix)? });
+                continue;
+            }
             if !path.is_dir() {
                 let why = if path.exists() { "is a file" } else { "does not exist" };
                 return Err(Error::new(format!(
-                    "{} {why}: give the directory of a run or a study",
+                    "{} {why}: give the directory of a run or a study, or a study's results.csv",
                     path.display()
                 )));
             }
             if path.join("study.toml").exists() || path.join("results.csv").exists() {
-                let prefix = (paths.len() > 1).then_some(name.as_str());
                 input.read_study(path, &name, prefix)?;
             } else if path.join("config.toml").exists() {
                 input.runs.push(Run::read(path, name)?.ok_or_else(|| no_records(path))?);
@@ -297,7 +305,9 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
     let (arm, lr, at_best) = (needed("arm")?, needed("lr")?, needed("at_best")?);
     let val_loss = needed("val_loss")?;
     let (adam_lr, seed) = (column("adam_lr"), column("seed"));
+    let (method, parameters) = (column("method"), column("params"));
     let diverged = header.iter().position(|h| h.starts_with("diverged"));
+    let called = |name: &str| prefix.map_or(name.to_owned(), |p| format!("{p}: {name}"));
     let mut trials = vec![];
     for row in reader.records() {
         let row = row.map_err(cannot("use", path))?;
@@ -313,7 +323,9 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
         };
         trials.push(Trial {
             run: row.iter().find(|cell| ids.iter().any(|id| id == cell)).map(str::to_owned),
-            arm: prefix.map_or(row[arm].to_owned(), |p| format!("{p}: {}", &row[arm])),
+            arm: called(&row[arm]),
+            method: method.and_then(text).map(|m| called(&m)),
+            parameters: parameters.and_then(number),
             lr: rate,
             adam_lr: adam_lr.and_then(number),
             seed: seed.and_then(text),
@@ -325,17 +337,14 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
     Ok(trials)
 }
 
-/// The trials that differ in their seed only, as places in `trials`.
-pub fn settings(trials: &[Trial]) -> Vec<Vec<usize>> {
-    let mut settings: Vec<Vec<usize>> = vec![];
-    for (i, t) in trials.iter().enumerate() {
-        let same = |s: &&mut Vec<usize>| {
-            let first = &trials[s[0]];
-            (&first.arm, first.lr, first.adam_lr) == (&t.arm, t.lr, t.adam_lr)
-        };
-        match settings.iter_mut().find(same) {
-            Some(setting) => setting.push(i),
-            None => settings.push(vec![i]),
+/// The trials, those together that differ in their seed only.
+pub fn settings(trials: &[Trial]) -> Vec<Vec<&Trial>> {
+    let mut settings: Vec<Vec<&Trial>> = vec![];
+    for trial in trials {
+        let setting = |t: &Trial| (t.arm.clone(), t.lr, t.adam_lr);
+        match settings.iter_mut().find(|s| setting(s[0]) == setting(trial)) {
+            Some(same) => same.push(trial),
+            None => settings.push(vec![trial]),
         }
     }
     settings
