@@ -1,7 +1,8 @@
 //! What makes a Spectron step certified: ‖W⁺ − W‖₂ ≤ η(1 + 1e-5), weight decay and the rounding of the factors included.
 //!
 //! Three things the paper's bound takes for granted are provided: ‖O‖ ≤ 1, σ from above, ρ ≤ 1. The bounds of σ themselves are
-//! proven in certificate.rs. Letters: as in spectron.rs; u the unit roundoff of the element type, r the rank.
+//! proven in certificate.rs. ‖O‖ ≤ 1 is proven in exact arithmetic, with an allowance for rounding that is argued and tested
+//! (`Orthogonaliser::rounding`). 1e-5 is what is granted to what no line here counts, such as roundings in f64. Letters: as in spectron.rs; u the unit roundoff of the element type, r the rank.
 
 use super::momentum::factors;
 use super::{FactorPair, Radius, SpectronConfig, spectral_norm_upper_bound};
@@ -13,7 +14,7 @@ pub const CERTIFICATE_EVERY: u64 = 8;
 /// The bounds of all factors, and how a step keeps within them.
 pub(super) struct Certified<B: Backend> {
     config: SpectronConfig,
-    /// ≥ σ [1], of A and of B of each pair in turn.
+    /// ≥ σ [1], of A and of B of each pair in turn; infinite until certified.
     pub bounds: Vec<Tensor<B>>,
 }
 
@@ -26,24 +27,31 @@ impl<B: Backend> Certified<B> {
         assert!(bound <= 100.0, "spectron: certify, but {how:?} can reach a norm of {bound:e}");
         let rounding = how.rounding(B::Elem::UNIT_ROUNDOFF, 1);
         assert!(rounding <= 0.1, "spectron: certify, but rounding can move {how:?} by {rounding:e}");
-        Self { config, bounds: factors(pairs).iter().map(|x| Tensor::zeros(x.device(), [1])).collect() }
+        let unknown = |x: &&Tensor<B>| Tensor::full(x.device(), [1], f64::INFINITY); // [1]
+        Self { config, bounds: factors(pairs).iter().map(unknown).collect() }
     }
 
-    /// Upper bounds of σ of all factors, some of them certified anew: all of them at the first step and where `all` says so,
-    /// else one in [`CERTIFICATE_EVERY`].
+    /// Upper bounds of σ of all factors, some of them certified anew: those that have none yet, all where `all` says so, else
+    /// one in [`CERTIFICATE_EVERY`].
     pub fn upper_bounds(&mut self, pairs: &[FactorPair<B>], t: u64, all: bool) -> Vec<f64> {
-        for (i, x) in factors(pairs).into_iter().enumerate() {
-            if all || t == 1 || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
+        let mut known: Vec<f64> = self.bounds.iter().map(Tensor::item).collect();
+        for (i, (x, bound)) in factors(pairs).into_iter().zip(&mut known).enumerate() {
+            if all || !bound.is_finite() || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
                 self.set_bound(i, spectral_norm_upper_bound(x));
+                *bound = self.bounds[i].item();
             }
         }
-        self.bounds.iter().map(Tensor::item).collect()
+        known
     }
 
     /// The radius and the factor on W by weight decay, if W may move by `eta` of which `spent` is gone.
     ///
-    /// Decay d moves W by d·σ(W) ≤ d·σ_A·σ_B: that comes out of η too, and d is lowered where it would take more than half.
+    /// Decay d moves W by d·σ(W) ≤ d·σ_A·σ_B: that comes out of η too, and d is lowered where it would take more than half. A
+    /// pair without bounds (a factor is not finite, or too large for its type's σ) stays as it is.
     pub fn plan(&self, eta: f64, spent: f64, sigma_a: f64, sigma_b: f64) -> (f64, f64) {
+        if !(sigma_a.is_finite() && sigma_b.is_finite()) {
+            return (0.0, 1.0);
+        }
         let left = eta - spent;
         let decay = (eta * self.config.weight_decay).min(1.0).min(0.5 * left / (sigma_a * sigma_b));
         let left = left - decay * sigma_a * sigma_b;

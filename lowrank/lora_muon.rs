@@ -2,7 +2,7 @@
 //!
 //! Letters: W [m, n], A [m, r], B [n, r]; M momentum, S Gram matrix of a factor [r, r], η learning rate, λ weight decay.
 
-use super::momentum::{each_shape, factors, factors_mut, momentum, named};
+use super::momentum::{each_shape, factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State};
 use super::{FactorPair, Orthogonaliser};
 use crate::tensor::{Backend, Element, Mat, Tensor, products};
@@ -71,7 +71,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for LoraMuon<B> {
         let steps = products(signs.iter().enumerate().map(|(i, o)| (o.into(), Mat::from(&roots[i ^ 1])))); // [rows, r] each
         let moves = factors_mut(pairs).into_iter().zip(&steps).enumerate().map(|(i, (x, step))| {
             let eta = eta[i / 2];
-            (-0.5 * eta, step, (1.0 - eta * self.weight_decay).sqrt(), x)
+            (-0.5 * eta, step, left_by_decay(eta, self.weight_decay).sqrt(), x)
         });
         B::axpby(moves.collect());
     }

@@ -30,6 +30,11 @@ pub(crate) fn momentum<'a, B: Backend>(
     pairs.par_chunks_mut(items_per_task::<B>(bytes)).flat_map_iter(some).collect()
 }
 
+/// What weight decay leaves of W: 1 − ηλ, or nothing.
+pub(super) fn left_by_decay(eta: f64, decay: f64) -> f64 {
+    1.0 - (eta * decay).min(1.0)
+}
+
 /// A and B of each pair, in turn.
 pub(crate) fn factors<B: Backend>(pairs: &[FactorPair<B>]) -> Vec<&Tensor<B>> {
     pairs.iter().flat_map(|p| [&p.a, &p.b]).collect()

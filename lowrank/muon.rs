@@ -3,7 +3,7 @@
 //!
 //! Not for embeddings, heads or vectors: those go to AdamW. Letters: M momentum, O orthogonalised momentum, η learning rate.
 
-use super::momentum::{each_shape, factors, factors_mut, momentum, named};
+use super::momentum::{each_shape, factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State};
 use super::{FactorPair, Orthogonaliser};
 use crate::tensor::{Backend, Tensor};
@@ -88,7 +88,7 @@ impl<B: Backend> Muon<B> {
 impl<B: Backend> Rule<B, Tensor<B>> for Muon<B> {
     fn step(&mut self, matrices: &mut [Tensor<B>], grads: &[Tensor<B>], lr: &[f64], _t: u64) {
         let decay = self.weight_decay;
-        let rate = |i: usize| (lr[i], 1.0 - lr[i] * decay);
+        let rate = |i: usize| (lr[i], left_by_decay(lr[i], decay));
         self.update(matrices.iter_mut().collect(), grads.iter().collect(), rate);
     }
     fn state(&mut self) -> State<'_, B> {
@@ -99,7 +99,7 @@ impl<B: Backend> Rule<B, Tensor<B>> for Muon<B> {
 impl<B: Backend> Rule<B, FactorPair<B>> for Muon<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], lr: &[f64], _t: u64) {
         let decay = self.weight_decay;
-        let rate = |i: usize| (lr[i / 2], (1.0 - lr[i / 2] * decay).sqrt());
+        let rate = |i: usize| (lr[i / 2], left_by_decay(lr[i / 2], decay).sqrt());
         self.update(factors_mut(pairs), factors(grads), rate);
     }
     fn state(&mut self) -> State<'_, B> {

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 pub enum Orthogonaliser {
     /// One polynomial, repeated: the paper's Algorithm 2, and the default.
     NewtonSchulz(NewtonSchulz),
-    /// The composition of quintics that is nearest to 1 on [1e-3, 1] (Amsel et al. 2025, arXiv 2505.16932): [`POLAR_EXPRESS`],
+    /// The composition of quintics that is, but for a cushion, nearest to 1 on [1e-3, 1] (Amsel et al. 2025, arXiv 2505.16932): [`POLAR_EXPRESS`],
     /// then (15/8, −10/8, 3/8) for steps beyond the table. Without the paper's safety factor 1.01, which is for bfloat16. Its first
     /// steps are steep at 1, so that in f32 rounding can lift a matrix of rank 1 by up to 1e-3.
     PolarExpress { steps: usize, space: Space },

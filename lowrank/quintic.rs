@@ -16,14 +16,16 @@ pub(super) fn odd_quintic([a, b, c]: [f64; 3], x: f64) -> f64 {
 /// |p'| at 0, at s, or where p''(x) = 6bx + 20cx³ = 0.
 pub(super) fn bounds(schedule: &[[f64; 3]]) -> (f64, f64) {
     schedule.iter().fold((1.0, 1.0), |(s, slope), &[a, b, c]| {
+        // 5c·y² + 3b·y + a = 0, y = x²; one root as q/(5c), the other as a/q, so that nothing cancels, also where c is 0
         let root = (9.0 * b * b - 20.0 * a * c).sqrt(); // NaN: p is monotone
-        let quadratic = [(-3.0 * b + root) / (10.0 * c), (-3.0 * b - root) / (10.0 * c)];
-        let linear = [-a / (3.0 * b), f64::NAN]; // c = 0
-        let stationary = if c == 0.0 { linear } else { quadratic }.map(f64::sqrt);
+        let q = -0.5 * (3.0 * b + root.copysign(b));
+        let stationary = [q / (5.0 * c), a / q].map(f64::sqrt);
         let inflection = (-0.3 * b / c).sqrt();
         let largest = |f: &dyn Fn(f64) -> f64, at: &[f64]| -> f64 {
             let inside = at.iter().filter(|x| (0.0..s).contains(*x)).chain([&0.0, &s]);
-            inside.map(|&x| f(x).abs()).fold(0.0, f64::max)
+            // NaN: ∞ − ∞ or 0·∞ on the way
+            let size = |&x: &f64| if f(x).is_nan() { f64::INFINITY } else { f(x).abs() };
+            inside.map(size).fold(0.0, f64::max)
         };
         let derivative = |x: f64| a + x * x * (3.0 * b + x * x * 5.0 * c);
         let steepest = largest(&derivative, &[inflection]);

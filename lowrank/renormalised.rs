@@ -4,7 +4,7 @@
 //! orthogonalised; what is done here is stated at each type. (Orthogonalisation only is muon.rs.)
 //! Letters: W = A·Bᵀ, M momentum, σ spectral norm, η learning rate, ρ radius, r rank.
 
-use super::momentum::{factors, factors_mut, momentum, named};
+use super::momentum::{factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State};
 use super::spectral::units;
 use super::{FactorPair, power_iteration, start_vector, update_radius};
@@ -59,7 +59,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Renormalised<B> {
             let pair = i / 2;
             let rho = update_radius(eta[pair], sigma[2 * pair], sigma[2 * pair + 1]);
             let norm = norms[i].max(1.0 / (x.rows().min(x.cols()) as f64).sqrt());
-            let shrink = 1.0 - eta[pair] * self.weight_decay;
+            let shrink = left_by_decay(eta[pair], self.weight_decay);
             (-rho / norm, &directions[i], shrink.sqrt(), x)
         });
         B::axpby(moves.collect());
@@ -100,7 +100,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for MomentumOnly<B> {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
         let moves = factors_mut(pairs).into_iter().zip(&directions).enumerate().map(|(i, (x, m))| {
             let eta = eta[i / 2];
-            (-eta, m, (1.0 - eta * self.weight_decay).sqrt(), x)
+            (-eta, m, left_by_decay(eta, self.weight_decay).sqrt(), x)
         });
         B::axpby(moves.collect());
     }

@@ -5,7 +5,7 @@
 
 use super::certified::Certified;
 use super::gauge::balance_all;
-use super::momentum::{each_shape, factors, factors_mut, momentum, named};
+use super::momentum::{each_shape, factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State, same_count};
 use super::{FactorPair, Orthogonaliser, Radius, StepReport, power_iteration, start_vector};
 use crate::tensor::{Backend, Tensor};
@@ -19,7 +19,7 @@ pub struct SpectronConfig {
     pub beta: f64,
     /// Orthogonalises βM + (1−β)∇ instead of M. Not the paper's.
     pub nesterov: bool,
-    /// λ: W ← (1 − ηλ)W before the update.
+    /// λ: W ← (1 − ηλ)W before the update; with `certify` less, where that would take more than half of η.
     pub weight_decay: f64,
     /// The paper's Algorithm 2, or another.
     pub orthogonaliser: Orthogonaliser,
@@ -27,7 +27,8 @@ pub struct SpectronConfig {
     pub power_steps: usize,
     pub radius: Radius,
     /// Makes ‖W⁺ − W‖₂ ≤ η(1 + 1e-5) hold for every step, weight decay, balancing and the rounding of the stored factors
-    /// included: σ from above by [`super::spectral_norm_upper_bound`], O divided by [`Orthogonaliser::norm_bound`], ρ ≤ 1.
+    /// included: σ from above by [`super::spectral_norm_upper_bound`], O divided by [`Orthogonaliser::norm_bound`], ρ ≤ 1. Proven, but
+    /// for what rounding may add to O: [`Orthogonaliser::rounding`]. The pairs must be moved by nothing else; gradients must be finite.
     pub certify: bool,
     /// Balances each pair before every so many steps (AᵀA = BᵀB, W as before to rounding) and carries its momenta over into
     /// the new gauge; 0: never. A pair whose W is of rank below r to within rounding, such as B = 0, is left as it is, and with
@@ -118,8 +119,8 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             let (rho, shrink) = match &self.certified {
                 Some(certified) => certified.plan(eta[i], moved[i], sigma_a, sigma_b),
                 None => {
-                    let decay = (eta[i] * self.config.weight_decay).min(1.0);
-                    (self.config.radius.of(eta[i], sigma_a, sigma_b), 1.0 - decay)
+                    let rho = self.config.radius.of(eta[i], sigma_a, sigma_b);
+                    (rho, left_by_decay(eta[i], self.config.weight_decay))
                 }
             };
             *report = StepReport { sigma_a, sigma_b, rho, shrink };

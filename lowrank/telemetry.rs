@@ -2,7 +2,8 @@
 //!
 //! Not here: bounds with proof (certificate.rs), and what a rule itself says about its step ([`Rule::reports`]).
 //! Letters: W [m, n], for a pair A·Bᵀ with A [m, r], B [n, r]; ΔW the change of W; σ the spectral norm; u [m], v [n] unit
-//! vectors. All in f64 on the host.
+//! vectors. All in f64 on the host, but for ΔA and ΔB, which are rounded to the elements' type: where a step balanced the pair, ‖ΔW‖ is known to
+//! two roundings of ‖A‖·‖B‖ only.
 //!
 //! [`Rule::reports`]: super::Rule::reports
 

@@ -1,19 +1,20 @@
 //! The guarantee: certified Spectron never moves W by more than η(1 + 1e-5) in spectral norm. And what the paper's own step
 //! does instead.
 //!
-//! The oracle is nalgebra's f64 SVD of the exact change of W. `PROPTEST_CASES=10000` is the nightly size.
+//! The oracle is the largest eigenvalue of ΔWᵀΔW, in f64 by nalgebra, ΔW being the exact change of W. `PROPTEST_CASES=10000` is the nightly size.
 //! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values, M momentum, O orthogonalised momentum, η, ρ, λ as in spectron.rs.
 
 mod common;
 
-use common::{config, gaussian, matrix, orthonormal, rng, spectrum, tensor, with_spectrum};
+use common::{bits, config, gaussian, matrix, orthonormal, rng, spectrum, tensor, with_spectrum};
 use nalgebra::DMatrix;
 use proptest::prelude::*;
 use rankgrad::lowrank::{
-    FactorPair, NewtonSchulz, Orthogonaliser, Radius, Rule, Space, Spectron, SpectronConfig,
-    certify_spectral_norm, exact_radius, spectral_norm_estimate, spectral_norm_upper_bound, update_radius,
+    CERTIFICATE_EVERY, FactorPair, NewtonSchulz, Orthogonaliser, Radius, Rule, Space, Spectron,
+    SpectronConfig, StepReport, certify_spectral_norm, exact_radius, spectral_norm_estimate,
+    spectral_norm_upper_bound, update_radius,
 };
-use rankgrad::tensor::{Cpu, Scalar};
+use rankgrad::tensor::{Cpu, Scalar, Tensor};
 
 const ALLOWANCE: f64 = 1.0 + 1e-5;
 
@@ -95,7 +96,7 @@ fn case() -> impl Strategy<Value = Case> {
 
 /// ‖X‖₂ to about 1e-9, from the eigenvalues of XᵀX by nalgebra. They must add up to ‖X‖_F²: where nalgebra fails that (on
 /// some matrices that hold little but zeros), it gets the matrix in a random orthogonal basis.
-fn norm(x: &DMatrix<f64>) -> f64 {
+fn spectral_norm(x: &DMatrix<f64>) -> f64 {
     let size = x.amax();
     if size == 0.0 {
         return 0.0;
@@ -113,8 +114,18 @@ fn norm(x: &DMatrix<f64>) -> f64 {
     panic!("no eigenvalues of {x}")
 }
 
-/// Runs some steps; the largest ‖W⁺ − W‖₂/η, and whether W moved at all.
-fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
+/// What some steps did.
+#[derive(Default)]
+struct Walk {
+    /// The largest ‖W⁺ − W‖₂/η.
+    worst: f64,
+    /// Whether W moved at all.
+    moved: bool,
+    largest_rho: f64,
+}
+
+/// Runs some steps; certified, also compares the bounds of σ with σ.
+fn walk<T: Scalar>(case: &Case, certify: bool) -> Walk {
     let Case { m, n, r, spectra: [a, b, g], scale, gauge, gradient, eta, seed, .. } = case;
     let mut rng = rng(*seed);
     let (size_a, size_b) = (10f64.powf(scale + gauge), 10f64.powf(scale - gauge));
@@ -131,7 +142,7 @@ fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
         ..Default::default()
     };
     let mut spectron = Spectron::with(settings, &pairs);
-    let (mut worst, mut moved) = (0.0f64, false);
+    let mut walk = Walk::default();
     for t in 1..=12 {
         // the history turns, fades and jumps
         let size = 10f64.powf(*gradient) * [1.0, 1.0, 1e-3, 30.0][t as usize % 4];
@@ -147,19 +158,31 @@ fn worst_ratio<T: Scalar>(case: &Case, certify: bool) -> (f64, bool) {
         {
             da * b0.transpose() + a * db.transpose() // [m, n]
         } else {
-            a * b.transpose() - a0 * b0.transpose() // [m, n]
+            a * b.transpose() - &a0 * b0.transpose() // [m, n]
         };
-        let norm = norm(&dw);
+        let norm = spectral_norm(&dw);
         assert!(norm.is_finite());
-        // the library's own telemetry sees the same, where the gauge has not jumped
+        let StepReport { sigma_a, sigma_b, rho, .. } = spectron.reports()[0];
+        // where the gauge has not jumped
         if case.balance_every == 0 || !t.is_multiple_of(case.balance_every) {
+            // the library's own telemetry sees the same
             let own = pairs[0].change_since(&before).spectral_norm();
             assert!((own - norm).abs() <= 1e-5 * norm.max(*eta), "{own} {norm}");
+            for (i, (bound, x)) in [(sigma_a, &a0), (sigma_b, &b0)].into_iter().enumerate() {
+                let sigma = spectral_norm(x);
+                assert!(!certify || bound >= sigma * (1.0 - 1e-9), "factor {i}, step {t}: {bound} < {sigma}");
+                let renewed = t == 1 || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY);
+                assert!(
+                    !(certify && renewed) || bound <= sigma * 1.01,
+                    "factor {i}, step {t}: {bound}, {sigma}"
+                );
+            }
         }
-        worst = worst.max(norm / eta);
-        moved |= norm > 0.0;
+        walk.worst = walk.worst.max(norm / eta);
+        walk.moved |= norm > 0.0;
+        walk.largest_rho = walk.largest_rho.max(rho);
     }
-    (worst, moved)
+    walk
 }
 
 proptest! {
@@ -167,9 +190,9 @@ proptest! {
 
     #[test]
     fn certified_steps_stay_within_eta(case in case()) {
-        let (single, _) = worst_ratio::<f32>(&case, true);
+        let single = walk::<f32>(&case, true).worst;
         prop_assert!(single <= ALLOWANCE, "f32: {single}");
-        let (double, moved) = worst_ratio::<f64>(&case, true);
+        let Walk { worst: double, moved, .. } = walk::<f64>(&case, true);
         prop_assert!(double <= ALLOWANCE, "f64: {double}");
         // the guarantee is not kept by standing still: unless η is lost in the rounding of huge factors
         let asked = case.spectra[2][0] > 0.0;
@@ -183,7 +206,7 @@ proptest! {
     ) {
         let w = with_spectrum(&mut rng(seed), p, q, &sigma);
         let w = tensor::<f32>(&(w * 10f64.powf(scale)));
-        let sigma = norm(&matrix(&w));
+        let sigma = spectral_norm(&matrix(&w));
         prop_assume!(sigma > 0.0);
         let bound = spectral_norm_upper_bound(&w);
         prop_assert!(bound >= sigma * (1.0 - 1e-9), "{bound} < {sigma}");
@@ -209,11 +232,18 @@ proptest! {
 
     #[test]
     fn no_singular_value_passes_the_bound(
-        a in 0.5..4.0f64, b in -6.0..2.0f64, c in -2.0..3.0f64, steps in 1..6usize, x in 0.0..=1.0f64,
+        a in 0.5..4.0f64, b in -6.0..2.0f64, steps in 1..12usize, x in 0.0..=1.0f64,
+        c in prop_oneof![3 => -2.0..3.0f64, 1 => Just(0.0), 1 => Just(1e-16), 1 => Just(-1e-16)],
     ) {
         let how = NewtonSchulz { coefficients: [a, b, c], steps, ..Default::default() };
         let y = (0..steps).fold(x, |x, _| how.map(x));
-        prop_assert!(y.abs() <= how.norm_bound() * (1.0 + 1e-12), "{y} > {}", how.norm_bound());
+        let bound = how.norm_bound();
+        prop_assert!(y.abs() <= bound * (1.0 + 1e-12) || bound == f64::INFINITY, "{y} > {bound}"); // y may be NaN
+        // and the bound is no larger than it must be: in one step it is a maximum
+        let grid = (0..=1000).map(|i| NewtonSchulz { steps: 1, ..how }.map(i as f64 / 1000.0).abs());
+        let largest = grid.fold(0.0, f64::max);
+        let single = NewtonSchulz { steps: 1, ..how }.norm_bound();
+        prop_assert!((largest..=largest.max(1e-3) * 1.01).contains(&single), "{single}, {largest}");
     }
 }
 
@@ -234,10 +264,11 @@ fn corners_of_the_certificate() {
     broken[(2, 1)] = f64::NAN;
     assert_eq!(spectral_norm_upper_bound(&tensor::<f32>(&broken)), f64::INFINITY);
     assert!(!certify_spectral_norm(&tensor::<f32>(&broken), 1e9));
-    // an orthonormal frame: the worst case for telling σ from its neighbours
+    // all σ equal: Lanczos's iteration ends after a step
     let frame = tensor::<f64>(&orthonormal(&mut rng(2), 60, 20)); // [60, 20]
     let bound = spectral_norm_upper_bound(&frame);
     assert!((1.0..1.004).contains(&bound), "{bound}");
+    assert!(certify_spectral_norm(&frame, 2.0) && !certify_spectral_norm(&frame, -2.0));
 }
 
 /// The bound at the size of a layer, where Lanczos's iteration is far shorter than the matrix is wide.
@@ -256,7 +287,7 @@ fn upper_bounds_are_sharp_at_the_size_of_a_layer() {
     cases.push(gaussian(&mut rng, 96, 96));
     for (i, w) in cases.iter().enumerate() {
         let w = tensor::<f32>(w); // [384, 96]
-        let ratio = spectral_norm_upper_bound(&w) / norm(&matrix(&w));
+        let ratio = spectral_norm_upper_bound(&w) / spectral_norm(&matrix(&w));
         println!("σ bound / σ, matrix {i}: {ratio:.5}");
         assert!((1.0 - 1e-9..1.01).contains(&ratio), "matrix {i}: {ratio}");
     }
@@ -284,8 +315,96 @@ fn what_cannot_be_promised_is_refused() {
     assert!(build(SpectronConfig { weight_decay: -0.1, ..certified }).is_err());
 }
 
-/// The paper's step keeps to the order of η, not to η: the worst excess over drawn cases is printed, and pinned from both
-/// sides. Exact arithmetic allows 1.2024² + (estimates of σ from below) for ρ ≤ 1.
+/// The rule is not kept by doing less than it allows: each factor moves by nearly the ρ that its true σ would give, also after
+/// many steps to and fro, in which bounds that are only carried along would grow; with several pairs, each by its own η.
+#[test]
+fn certified_steps_go_nearly_as_far_as_they_may() {
+    let mut rng = rng(5);
+    for radius in [Radius::Paper, Radius::Exact] {
+        let mut pair =
+            |m, n, r| FactorPair::new(tensor(&gaussian(&mut rng, m, r)), tensor(&gaussian(&mut rng, n, r)));
+        let mut pairs: Vec<FactorPair<Cpu<f64>>> = vec![pair(7, 5, 3), pair(4, 9, 4)];
+        let grads = [pair(7, 5, 3), pair(4, 9, 4)];
+        let etas = [0.02, 0.05];
+        let orthogonaliser = Orthogonaliser::PolarFactor; // all σ of O are 1
+        let settings =
+            SpectronConfig { beta: 0.0, radius, orthogonaliser, certify: true, ..Default::default() };
+        let mut spectron = Spectron::with(settings, &pairs);
+        for t in 1..=80 {
+            let sign = if t % 2 == 0 { 1.0 } else { -1.0 };
+            let grads: Vec<_> =
+                grads.iter().map(|g| FactorPair::new(g.a.scale(sign), g.b.scale(sign))).collect();
+            let before = pairs.clone();
+            spectron.step(&mut pairs, &grads, &etas, t);
+            for ((after, before), eta) in pairs.iter().zip(&before).zip(etas) {
+                let (sigma_a, sigma_b) =
+                    (spectral_norm(&matrix(&before.a)), spectral_norm(&matrix(&before.b)));
+                let rho = radius.of(eta, sigma_a, sigma_b);
+                for (x, x0) in [(&after.a, &before.a), (&after.b, &before.b)] {
+                    let moved = spectral_norm(&(matrix(x) - matrix(x0)));
+                    assert!((0.95..=1.0).contains(&(moved / rho)), "step {t}: {moved} of {rho}");
+                }
+                assert!(after.change_since(before).spectral_norm() <= eta * ALLOWANCE);
+            }
+        }
+    }
+}
+
+/// Certified weight decay happens: all of it, or half of η where that is less.
+#[test]
+fn certified_decay_shrinks_w() {
+    let mut rng = rng(6);
+    let pair =
+        FactorPair::<Cpu<f64>>::new(tensor(&gaussian(&mut rng, 6, 3)), tensor(&gaussian(&mut rng, 5, 3)));
+    let pair = FactorPair::new(pair.a.scale(0.5), pair.b.scale(0.5)); // σ_A·σ_B is about 2
+    let eta = 0.01;
+    let product = spectral_norm(&matrix(&pair.a)) * spectral_norm(&matrix(&pair.b));
+    for (weight_decay, decay) in [(0.1, eta * 0.1), (100.0, 0.5 * eta / product)] {
+        let mut pairs = [pair.clone()];
+        let settings = SpectronConfig { weight_decay, certify: true, ..Default::default() };
+        let mut spectron = Spectron::with(settings, &pairs);
+        spectron.step(&mut pairs, &[pair.zeros_like()], &[eta], 1);
+        let (w, w0) = (matrix(&pairs[0].to_dense()), matrix(&pair.to_dense()));
+        let (is, off) = (1.0 - w.norm() / w0.norm(), (&w / w.norm() - &w0 / w0.norm()).norm());
+        assert!(off < 1e-12 && (0.98..=1.0 + 1e-9).contains(&(is / decay)), "{off}, {is} instead of {decay}");
+    }
+}
+
+/// A step counter that does not begin at 1 leaves no factor without a bound, and a pair that cannot have one stays as it is.
+#[test]
+fn no_step_is_taken_without_bounds() {
+    let mut rng = rng(7);
+    let certified = SpectronConfig { certify: true, ..Default::default() };
+    let mut draw = |m, n| {
+        FactorPair::<Cpu<f32>>::new(tensor(&gaussian(&mut rng, m, 2)), tensor(&gaussian(&mut rng, n, 2)))
+    };
+    for radius in [Radius::Paper, Radius::Exact] {
+        let (pair, grad) = (draw(6, 5), [draw(6, 5)]);
+        let mut pairs = [FactorPair::new(pair.a.scale(30.0), pair.b.scale(30.0))];
+        let before = pairs[0].clone();
+        let mut spectron = Spectron::with(SpectronConfig { radius, ..certified }, &pairs);
+        spectron.step(&mut pairs, &grad, &[0.01], 500);
+        assert!(spectron.reports()[0].sigma_a >= spectral_norm(&matrix(&before.a)));
+        assert!(pairs[0].change_since(&before).spectral_norm() <= 0.01 * ALLOWANCE);
+
+        let (mut nan, huge) = (pair.a.to_vec(), vec![3e38; pair.a.len()]);
+        nan[3] = f32::NAN;
+        for a in [nan, huge] {
+            let mut pairs =
+                [FactorPair::new(Tensor::from_vec(&Cpu::default(), [6, 2], a), pair.b.scale(1e-30))];
+            let before = pairs[0].clone();
+            let mut spectron =
+                Spectron::with(SpectronConfig { radius, weight_decay: 0.1, ..certified }, &pairs);
+            for t in 1..=9 {
+                spectron.step(&mut pairs, &grad, &[0.01], t);
+            }
+            assert!(bits(&pairs[0].a) == bits(&before.a) && bits(&pairs[0].b) == bits(&before.b));
+        }
+    }
+}
+
+/// The paper's step keeps to the order of η, not to η, also where ρ ≤ 1: the worst excess over drawn cases is printed, and
+/// pinned from both sides. README quotes it.
 #[test]
 fn the_papers_step_exceeds_its_bound() {
     use proptest::{strategy::ValueTree, test_runner::TestRunner};
@@ -297,12 +416,15 @@ fn the_papers_step_exceeds_its_bound() {
             continue;
         }
         let case = Case { how: Orthogonaliser::default(), nesterov: false, balance_every: 0, ..case };
-        let (ratio, _) = worst_ratio::<f32>(&case, false);
+        let Walk { worst: ratio, largest_rho, .. } = walk::<f32>(&case, false);
+        if largest_rho > 1.0 {
+            continue;
+        }
         worst = worst.max(ratio);
         over += usize::from(ratio > ALLOWANCE);
         cases += 1;
     }
     println!("paper's step: worst ‖ΔW‖/η {worst:.3}; above η in {over} of {cases} cases");
-    assert!(worst > 1.1, "the paper's step kept to {worst}: is the certificate needed at all?");
-    assert!(worst < 40.0, "{worst}");
+    assert!((1.2..1.4).contains(&worst), "{worst}");
+    assert!((45..70).contains(&over), "{over}");
 }

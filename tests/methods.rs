@@ -276,6 +276,36 @@ fn a_zero_factor_is_no_division_by_zero() {
 }
 
 /// A rule that is rebuilt from its saved state goes on bit for bit: nothing else is remembered.
+/// ηλ > 1 leaves nothing of W, and no root of a negative number.
+#[test]
+fn decay_takes_all_of_w_at_most() {
+    let before = draw_pairs(&mut ChaCha8Rng::seed_from_u64(8));
+    let decay = 10.0;
+    let mut renormalised = Renormalised::new(&before);
+    renormalised.weight_decay = decay;
+    let mut momentum = MomentumOnly::new(&before);
+    momentum.weight_decay = decay;
+    let mut lora = LoraMuon::new(&before);
+    lora.weight_decay = decay;
+    let mut muon = Muon::for_pairs(&before);
+    muon.weight_decay = decay;
+    let spectron = Spectron::with(SpectronConfig { weight_decay: decay, ..Default::default() }, &before);
+    let rules: [BoxedRule; 5] =
+        [Box::new(renormalised), Box::new(momentum), Box::new(lora), Box::new(muon), Box::new(spectron)];
+    for mut rule in rules {
+        let mut pairs = before.clone();
+        let zeros: Vec<_> = pairs.iter().map(FactorPair::zeros_like).collect();
+        let rates = vec![0.12; zeros.len()];
+        rule.step(&mut pairs, &zeros, &rates, 1);
+        assert!(factors(&pairs).iter().all(|x| x.amax() == 0.0));
+    }
+    let mut muon = Muon::new([&before[0].a]);
+    muon.weight_decay = decay;
+    let mut a = [before[0].a.clone()];
+    muon.step(&mut a, &[before[0].a.zeros_like()], &[0.12], 1);
+    assert_eq!(a[0].norm(), 0.0);
+}
+
 #[test]
 fn the_state_is_complete() {
     let start = || draw_pairs(&mut ChaCha8Rng::seed_from_u64(6));
