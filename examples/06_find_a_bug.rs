@@ -3,8 +3,8 @@
 //! The rule promises ‖ΔW‖₂ ≤ η: it moves both factors by ρ against their gradients, brought to spectral norm 1. It sets
 //! ρ = η/(σ_A + σ_B), which forgets that both factors move at once: ΔW = ΔA·Bᵀ + A·ΔBᵀ + ΔA·ΔBᵀ, and the last term adds up
 //! to ρ². The paper's + 1 in the denominator pays for it as long as ρ ≤ 1. In large models, where σ_A + σ_B is large and η
-//! small, no loss curve would show the difference. In a test file the property is the body of `proptest!`; here its runner
-//! is called by hand, so that its findings can be printed.
+//! small, no loss curve would show the difference. Rule and property are the twenty lines from `descend` to `check`. In a test file
+//! the property is the body of `proptest!`; here its runner is called by hand, so that its findings can be printed.
 //! Letters: W [m, n] = A·Bᵀ, A [m, r], B [n, r], G the gradient in W, σ spectral norms, η learning rate, ρ radius.
 //!
 //! ```text

@@ -27,7 +27,8 @@ pub fn certify_spectral_norm<B: Backend>(w: &Tensor<B>, theta: f64) -> bool {
 ///
 /// Lanczos's iteration on the Gram matrix guesses σ, and a guess a little higher is certified as in [`certify_spectral_norm`]:
 /// by 0.3 %, and by what the last four steps still found. Where that fails (many singular values close to the
-/// largest), the bound is min(‖W‖_F, √‖G‖_∞, √‖G‖_F), which needs no factorisation and is within r^¼ of σ. Cost:
+/// largest), the bound is min(‖W‖_F, √‖G‖_∞, √‖G‖_F): σ² is G's largest eigenvalue, which no norm of G is below, and one of the
+/// σ_i² that add up to ‖W‖_F². It needs no factorisation and is within r^¼ of σ, since ‖G‖_F² = Σσ_i⁴ ≤ r·σ⁴. Cost:
 /// [`upper_bound_flops`].
 ///
 /// # Panics

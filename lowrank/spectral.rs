@@ -37,7 +37,8 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
     ws.par_chunks(each).zip(us.par_chunks_mut(each)).flat_map_iter(some).collect()
 }
 
-/// An estimate of σ(W), from below up to rounding: `steps` of power iteration from [`start_vector`].
+/// An estimate of σ(W): `steps` of power iteration from [`start_vector`]. From below up to rounding, since it is uᵀWv for unit
+/// vectors u and v, and σ(W) is the largest such number.
 ///
 /// # Panics
 /// If W is not a matrix.

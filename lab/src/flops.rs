@@ -3,7 +3,7 @@
 //! Counted: the matrix products of the layers, of causal attention and of the head, forward, and backward at twice the
 //! forward; every operation of the optimizer on matrices and tables. Not counted: what is linear in the activations (norms,
 //! rotations, softmax, SwiGLU, the loss, embedding look-ups), attention's recomputation in the backward (as usual for model
-//! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, and Nesterov's look-ahead. Symmetric products count whole, though
+//! FLOPs; Chowdhery et al. 2022, arXiv 2204.02311, B), clipping, Nesterov's look-ahead, and balancing. Symmetric products count whole, though
 //! one half of them may be copied from the other.
 //! Letters: p × q a matrix or factor, s the smaller of both, m × n a layer's W, r rank, T context, d width.
 

@@ -8,7 +8,7 @@ mod input;
 mod page;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::cli::ReportArgs;
 use crate::error::{Error, Result, cannot};
@@ -28,8 +28,7 @@ pub fn report(args: &ReportArgs) -> Result<()> {
     if !is_page || out.is_dir() {
         return Err(Error::new(format!("--out {}: give a file whose name ends in .html", out.display())));
     }
-    let input = Input::read(&args.paths)?;
-    write_atomically(out, page::page(&input)?.as_bytes())?;
+    let input = write_page(&args.paths, out)?;
     crate::say!("{}: {}", out.display(), page::count(input.runs.len(), "run"));
     if let Some(directory) = &args.svg {
         fs::create_dir_all(directory).map_err(cannot("make the directory", directory))?;
@@ -37,6 +36,16 @@ pub fn report(args: &ReportArgs) -> Result<()> {
         crate::say!("{}: {}", directory.display(), page::count(count, "SVG picture"));
     }
     Ok(())
+}
+
+/// Writes the page of these runs and studies; returns what it shows.
+///
+/// # Errors
+/// As [`report`].
+pub fn write_page(paths: &[PathBuf], out: &Path) -> Result<Input> {
+    let input = Input::read(paths)?;
+    write_atomically(out, page::page(&input)?.as_bytes())?;
+    Ok(input)
 }
 
 /// loss.svg, learning-rate.svg and size.svg of each study, RUN-QUANTITY.svg of each run with telemetry. Returns their number.

@@ -3,8 +3,12 @@
 //! Without a Chromium on this machine the tests in a browser say so and pass, unless RANKGRAD_REQUIRE_CHROMIUM is set.
 //! Everything runs on made-up records with known numbers: what is looked for is that they arrive, not what they mean.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::PathBuf;
 use std::process::{Command, Output};
+
+use common::browser::{assert_drawn, chromium, curves, figures, opened};
 
 use tempfile::TempDir;
 
@@ -75,7 +79,13 @@ impl Desk {
                     if field == "pairs" {
                         let more = &mut record[field][format!("blocks.{layer}.{kind}")];
                         more["sigma_a"] = sigma.sqrt().into();
-                        more["gauge_imbalance"] = serde_json::Value::Null; // not finite
+                        more["sigma_b"] = sigma.sqrt().into();
+                        more["rho"] = (0.01 / sigma).into();
+                        more["shrink"] = 0.999.into();
+                        more["gauge_imbalance"] = (step as f64).into();
+                        if i == 5 {
+                            more["gauge_imbalance"] = serde_json::Value::Null; // not finite
+                        }
                     }
                 }
             }
@@ -115,71 +125,6 @@ impl Desk {
         ]);
         self.write(&format!("{name}/tables.json"), &table.to_string());
     }
-}
-
-fn chromium() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let names = ["chromium", "chromium-browser", "google-chrome"];
-    let found = std::env::split_paths(&path).flat_map(|d| names.map(|n| d.join(n))).find(|p| p.is_file());
-    if found.is_none() {
-        assert!(
-            std::env::var_os("RANKGRAD_REQUIRE_CHROMIUM").is_none(),
-            "RANKGRAD_REQUIRE_CHROMIUM is set, and no chromium is in PATH"
-        );
-        eprintln!("skipped: no chromium in PATH to open the page with");
-    }
-    found
-}
-
-/// The document after its scripts have run. Anything on the console, a refused request included, fails the test.
-fn opened(chromium: &Path, page: &Path) -> String {
-    let profile = tempfile::tempdir().unwrap();
-    let flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
-                 --disable-component-update --disable-sync --enable-logging=stderr --window-size=1400,1000 \
-                 --virtual-time-budget=20000 --dump-dom";
-    let output = Command::new(chromium)
-        .args(flags.split_whitespace())
-        .arg(format!("--user-data-dir={}", profile.path().display()))
-        .arg(format!("file://{}", page.display()))
-        .output()
-        .unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    let console: Vec<&str> = log.lines().filter(|line| line.contains("CONSOLE")).collect();
-    assert!(output.status.success() && console.is_empty(), "{log}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// The figures of an opened page: id and markup.
-fn figures(document: &str) -> Vec<(&str, &str)> {
-    let figure = |part| {
-        let (markup, _): (&str, &str) = str::split_once(part, "</figure>").unwrap();
-        let (_, rest) = markup.split_once("class=\"plot").unwrap();
-        let (id, _) = rest.split_once("id=\"").unwrap().1.split_once('"').unwrap();
-        (id, markup)
-    };
-    document.split("<figure>").skip(1).map(figure).collect()
-}
-
-/// The number of a figure's curves: of lines with a second point, which those of the legend lack.
-fn curves(markup: &str) -> usize {
-    let lines = markup.split("class=\"js-line\"").skip(1).map(|rest| rest.split('>').next().unwrap());
-    lines
-        .filter(|tag| tag.split_once(" d=\"M").is_some_and(|d| d.1.split('"').next().unwrap().contains('L')))
-        .count()
-}
-
-/// Every figure has curves and titled axes. Returns the ids.
-fn assert_drawn(document: &str) -> Vec<&str> {
-    let figures = figures(document);
-    for (id, markup) in &figures {
-        assert!(curves(markup) > 0, "{id} has no curve");
-        for class in ["xtitle", "ytitle"] {
-            let title = markup.split(&format!("<text class=\"{class}\"")).nth(1).expect(class);
-            let text = title.split_once('>').unwrap().1.split('<').next().unwrap();
-            assert!(!text.trim().is_empty(), "{id}: {class}");
-        }
-    }
-    figures.into_iter().map(|f| f.0).collect()
 }
 
 /// Nothing in the page but plotly.js names another place, and the browser would refuse what plotly.js names.
@@ -224,7 +169,7 @@ fn a_page_of_a_study_shows_tables_and_the_best_rates() {
     let names = std::fs::read_dir(desk.path("pictures")).unwrap().map(|e| e.unwrap().file_name());
     let mut names: Vec<String> = names.map(|n| n.into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(names.len(), 2 + 6 + 5); // six quantities of a pair, five of a dense matrix
+    assert_eq!(names.len(), 2 + 10 + 5); // ten quantities of a pair, five of a dense matrix
     assert!(names.contains(&"learning-rate.svg".into()) && names.contains(&"loss.svg".into()), "{names:?}");
     let svg = std::fs::read_to_string(desk.path("pictures/learning-rate.svg")).unwrap();
     assert!(svg.contains("pairs &lt;/script&gt;") && svg.contains("validation loss (nats per token)"));
@@ -324,6 +269,7 @@ fn every_choice_of_every_control_can_be_drawn() {
         "lr-1|FLOPs|4|training FLOPs|learning rate|linear",
         "spectra-0|dense-muon-0.02-1|14|step|σ(W), spectral norm|linear",
         "spectra-1|‖ΔW‖₂ / η|14|step|‖ΔW‖₂ / η|linear",
+        "spectra-1|radius ρ of the factors' step|14|step|radius ρ of the factors' step|linear",
         "spectra-2|gate|2|step|σ(W), spectral norm|linear",
         "spectra-3|layer 1|7|step|σ(W), spectral norm|linear",
     ] {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::browser;
 use serde_json::Value;
 
 /// A model of 12,000 parameters.
@@ -134,6 +135,11 @@ fn figures_are_those_of_the_runs() {
         // AdamW's one rate moves as a whole; Spectron's second is searched by itself, at the best of the first
         let alone = of_arm.iter().any(|r| number(r, "adam_lr") != number(r, "lr"));
         assert_eq!(alone, arm == "spectron");
+    }
+    if let Some(chromium) = browser::chromium() {
+        let document = browser::opened(&chromium, &desk.path("s/report.html"));
+        assert_eq!(browser::assert_drawn(&document), ["rates0", "loss", "lr", "norm"]);
+        assert!(document.contains(&format!("<td>{}</td>", summary[0]["validation loss"])));
     }
     let markdown = desk.text("s/table.md");
     assert!(summary.iter().all(|row| markdown.contains(&format!("| {} | {} |", row["arm"], row["lr"]))));

@@ -84,7 +84,7 @@ pub const QUANTITIES: [(&str, &str); 10] = [
     ("update_over_eta", "‖ΔW‖₂ / η"),
     ("update_over_w", "‖ΔW‖₂ / ‖W‖₂"),
     ("rho", "radius ρ of the factors' step"),
-    ("shrink", "factor on the step's radius"),
+    ("shrink", "what weight decay leaves of W in a step, 1 − ηλ"),
 ];
 
 /// Text for plotly.js, which reads a little HTML in names: all of it shows as written.

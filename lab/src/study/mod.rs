@@ -1,7 +1,7 @@
 //! `study`: fair, resumable comparisons between training methods.
 //!
 //! A study is a list of arms (plan.rs); the runs of an arm follow from what its finished runs came to (search.rs), are run
-//! side by side (execute.rs), read back from their directories (outcome.rs) and summed up (tables.rs, long.rs).
+//! side by side (execute.rs), read back from their directories (outcome.rs) and summed up (tables.rs, long.rs; report.rs).
 //! Here: the directory of a study, and its settings, study.toml, which a continuation must not contradict.
 
 mod execute;
@@ -25,6 +25,7 @@ use crate::data::Corpus;
 use crate::error::{Error, Result, cannot};
 use crate::files::{claim, write_atomically};
 use crate::progress::catch_interrupts;
+use crate::report::write_page;
 use crate::study::execute::Study;
 use crate::study::plan::Plan;
 
@@ -122,8 +123,12 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     }
     .run()?;
     if complete {
+        write_page(std::slice::from_ref(&directory), &directory.join("report.html"))?;
         crate::say!("{}", shown.into_inner().expect("nobody panics with it"));
-        crate::say!("{}: study.toml, results.csv, table.md, tables.json, runs", directory.display());
+        crate::say!(
+            "{}: study.toml, results.csv, table.md, tables.json, report.html, runs",
+            directory.display()
+        );
     } else {
         eprintln!("interrupted. Continue with: rankgrad study --resume {}", directory.display());
     }

@@ -1,6 +1,8 @@
 //! What the tests of the binary share: a temporary directory with a text and a configuration, and the program run in it.
 #![allow(dead_code)] // each test file compiles its own copy and uses a part of it
 
+pub mod browser;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
