@@ -526,7 +526,7 @@ the best rate is the smallest or largest one, one more on that side; then the ot
 `train` (--data, --preset, --dim, --steps, --schedule, ...) hold for every arm. Rates are rounded to four digits.
 
 The directory gets study.toml (these settings), runs/ID/ (config.toml, metrics.jsonl, final.json or diverged.json, as `train` \
-writes them and with the same results to the bit), and after each run results.csv, table.md and tables.json. Checkpoints \
+writes them and with the same results to the bit), after each run results.csv, table.md and tables.json, and in the end report.html. Checkpoints \
 are removed when a run is over. Ctrl-C saves one of each running run; the same command, or --resume DIR, goes on.
 
 In the tables: \"interior: NO\" says that the best rate is still the last of its grid after all --extensions; ± is the sample \
