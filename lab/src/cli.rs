@@ -147,10 +147,10 @@ pub struct TrainArgs {
 pub struct EvalArgs {
     #[arg(help = CHECKPOINT)]
     pub checkpoint: PathBuf,
-    /// Files or directories, of whose bytes the last 10 % are evaluated [default: the data of the run]
+    /// Files or directories of text, of which the last 10 % are evaluated, or of token files (val-*.bin) [default: the data of the run]
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub data: Vec<PathBuf>,
-    /// Files or directories, all of whose bytes are evaluated
+    /// Files or directories, evaluated whole
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Vec<PathBuf>,
     /// A tokenizer.json, for a model that was trained on token files without one; every other checkpoint has its own
@@ -455,7 +455,7 @@ pub struct DataOptions {
     /// Files or directories: print the validation losses before and after on their last 10 %
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub data: Vec<PathBuf>,
-    /// Files or directories, all of whose bytes are evaluated
+    /// Files or directories, evaluated whole
     #[arg(long, num_args = 1.., value_name = "FILE_OR_DIR")]
     pub val_data: Vec<PathBuf>,
 }

@@ -39,14 +39,14 @@ pub fn import(args: &ImportArgs) -> Result<()> {
     must_be_new(&args.out)?; // before any work is done
     crate::pool(0)?.install(|| {
         let (mut config, mut params, directory) = read(&args.model, args.context)?;
+        let tokenizer = directory.join("tokenizer.json");
+        let tokenizer = Tokenizer::open(tokenizer.exists().then_some(&*tokenizer))?; // it may need what this build lacks
         let before = params.count();
         if let Some(cut) = cut {
             let (factored, pairs, rows) = factorise(&config, params, cut)?;
             print(&rows, before, pairs.count());
             (config, params) = (factored, pairs);
         }
-        let tokenizer = directory.join("tokenizer.json");
-        let tokenizer = Tokenizer::open(tokenizer.exists().then_some(&*tokenizer))?;
         write_model(&args.out, &config, &params, &tokenizer)?;
         crate::say!(
             "{}: {}, {} layers, d {}, context {}, vocabulary {}, {} parameters; step 0",

@@ -80,7 +80,16 @@ fn run(command: Command) -> Result<()> {
 }
 
 /// Worker threads (0: as many as there are cores). Work runs inside, so that no op has to cross over from another thread.
+///
+/// # Errors
+/// More than 64 for each core, at which nothing moves any more; a system that has no more.
 fn pool(threads: usize) -> Result<rayon::ThreadPool> {
+    let most = 64 * std::thread::available_parallelism().map_or(1, usize::from);
+    if threads > most {
+        return Err(error::Error::new(format!(
+            "--threads {threads}: at most {most} here; 0 is one for each core"
+        )));
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build().map_err(|e| error::Error::new(format!("cannot start {threads} worker threads: {e}")))
 }

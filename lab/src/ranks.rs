@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::{DataOptions, MergeArgs, RankArgs};
 use crate::config::{Config, Method, name};
+use crate::data::Corpus;
 use crate::error::{Error, Result};
 use crate::export::{must_be_new, write_directory};
 use crate::inspect::corpus;
@@ -186,19 +187,21 @@ fn open(path: &Path, out: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
+/// The data to compare two models on, where some is named: read before anything is written.
+fn named(data: &DataOptions, config: &Config, tokenizer: &Tokenizer) -> Result<Option<Corpus>> {
+    let none = data.data.is_empty() && data.val_data.is_empty();
+    (!none).then(|| corpus(config, tokenizer, &data.data, &data.val_data)).transpose()
+}
+
 /// Prints the validation losses of two models where data is named.
-fn compare(data: &DataOptions, tokenizer: &Tokenizer, models: [(&Config, &Params<B>); 2]) -> Result<()> {
-    if data.data.is_empty() && data.val_data.is_empty() {
-        return Ok(());
-    }
-    let corpus = corpus(models[0].0, tokenizer, &data.data, &data.val_data)?;
+fn compare(corpus: Option<Corpus>, models: [(&Config, &Params<B>); 2]) {
+    let Some(corpus) = corpus else { return };
     let [before, after] = models.map(|(config, params)| {
         let (model, _) = crate::model::Model::blank(&B::default(), config);
         validate(config, &model, params, &corpus, 0).0
     });
     crate::say!("data: {}", corpus.summary);
     crate::say!("validation loss {before:.4} nats per token before, {after:.4} after");
-    Ok(())
 }
 
 /// Cuts the pairs of a checkpoint, or makes pairs of its whole matrices.
@@ -211,11 +214,12 @@ pub fn rank(args: &RankArgs) -> Result<()> {
     let tokenizer = source.tokenizer()?;
     let config = source.meta.config.clone();
     crate::pool(0)?.install(|| {
+        let corpus = named(&args.data, &config, &tokenizer)?;
         let (_, params) = load_model(&B::default(), source)?;
         let (small, outcome, rows) = factorise(&config, params.clone(), cut)?;
         write_model(&args.out, &small, &outcome, &tokenizer)?;
         print(&rows, params.count(), outcome.count());
-        compare(&args.data, &tokenizer, [(&config, &params), (&small, &outcome)])?;
+        compare(corpus, [(&config, &params), (&small, &outcome)]);
         crate::say!("{}: {}, step 0", args.out.display(), name(small.method));
         Ok(())
     })
@@ -238,6 +242,7 @@ pub fn merge(args: &MergeArgs) -> Result<()> {
     }
     let whole = Config { method: Method::DenseMuon, ranks: BTreeMap::new(), ..config.clone() };
     crate::pool(0)?.install(|| {
+        let corpus = named(&args.data, &config, &tokenizer)?;
         let (_, params) = load_model(&B::default(), source)?;
         let mut merged = Params::default();
         for (name, pair) in params.pair_names.iter().zip(&params.values.pairs) {
@@ -247,7 +252,7 @@ pub fn merge(args: &MergeArgs) -> Result<()> {
         merged.dense_names = params.dense_names.clone();
         write_model(&args.out, &whole, &merged, &tokenizer)?;
         let (before, after) = (params.count(), merged.count());
-        compare(&args.data, &tokenizer, [(&config, &params), (&whole, &merged)])?;
+        compare(corpus, [(&config, &params), (&whole, &merged)]);
         let method = name(whole.method);
         crate::say!("{}: {method}, step 0, {before} parameters before, {after} after", args.out.display());
         Ok(())

@@ -29,7 +29,10 @@ pub fn report(args: &ReportArgs) -> Result<()> {
         return Err(Error::new(format!("--out {}: give a file whose name ends in .html", out.display())));
     }
     let input = write_page(&args.paths, out)?;
-    crate::say!("{}: {}", out.display(), page::count(input.runs.len(), "run"));
+    let rows: usize = input.studies.iter().map(|s| s.trials.len()).sum();
+    let results =
+        if rows > 0 { format!("{} of studies, ", page::count(rows, "result")) } else { String::new() };
+    crate::say!("{}: {results}{} with curves", out.display(), page::count(input.runs.len(), "run"));
     if let Some(directory) = &args.svg {
         fs::create_dir_all(directory).map_err(cannot("make the directory", directory))?;
         let count = pictures(&input, directory)?;

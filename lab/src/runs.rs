@@ -15,6 +15,7 @@ use crate::config::{Method, Overrides, Preset, name};
 use crate::error::{Error, Result, cannot};
 use crate::flops::parameters;
 use crate::run::{Outcome, read_metrics};
+use crate::study::Diverged;
 
 /// A run, as far as it has come.
 #[derive(Serialize)]
@@ -32,6 +33,8 @@ struct Row {
     steps: usize,
     /// Whether final.json is there.
     finished: bool,
+    /// The step at which it diverged, for a run of a study (which goes on without it).
+    diverged_step: Option<u64>,
     /// Nats per token; of the whole split if finished, else the newest of some batches.
     val_loss: Option<f64>,
     val_bits_per_byte: Option<f64>,
@@ -84,6 +87,9 @@ fn by_loss(a: Option<f64>, b: Option<f64>) -> Ordering {
 fn find(directory: &Path) -> Result<Vec<PathBuf>> {
     let is_run = |path: &Path| path.join("config.toml").exists() && path.join("metrics.jsonl").exists();
     let mut runs = Vec::new();
+    if directory == Path::new("runs") && !directory.exists() {
+        return Ok(runs); // the default: nothing was trained here yet
+    }
     let mut walk = WalkDir::new(directory).sort_by_file_name().into_iter();
     while let Some(entry) = walk.next() {
         let entry = entry.map_err(cannot("list", directory))?;
@@ -113,6 +119,7 @@ fn read(run: PathBuf) -> Result<Row> {
         step: last.map_or(0, |r| r.step),
         steps: config.steps,
         finished,
+        diverged_step: Diverged::read(&run)?.map(|d| d.step),
         val_loss: outcome.val_loss.or_else(|| records.iter().rev().find_map(|r| r.val_loss)),
         val_bits_per_byte: outcome.val_bits_per_byte,
         tokens: last.map_or(0, |r| r.tokens),
@@ -127,8 +134,11 @@ fn print(rows: &[Row]) {
     let dash = || "–".to_owned();
     let cells = |row: &Row| {
         let about = if row.finished { "" } else { "~" };
-        let state =
-            if row.finished { "finished".into() } else { format!("step {} of {}", row.step, row.steps) };
+        let state = match row.diverged_step {
+            _ if row.finished => "finished".into(),
+            Some(step) => format!("diverged at step {step}"),
+            None => format!("step {} of {}", row.step, row.steps),
+        };
         [
             row.run.display().to_string(),
             name(row.method),

@@ -20,7 +20,7 @@ use crate::generate::{Sampling, sample};
 use crate::inspect::bits;
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
-use crate::run::{Record, Run, Summary, peak_memory_mib, read_metrics};
+use crate::run::{Outcome, Record, Run, Summary, peak_memory_mib, read_metrics};
 use crate::tokens::Tokenizer;
 use crate::trainer::{Halt, Together, Trainer, schedule, without_guides};
 use crate::workers::{self, Worker};
@@ -61,6 +61,16 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;
     if let Start::Resume(saved) = &start {
         same_corpus(&saved.meta, &corpus)?;
+        let directory = args.resume.as_deref().expect("what was resumed");
+        let over = saved.meta.step >= config.steps as u64;
+        if over && Outcome::read(&directory.join("final.json"))?.is_some() {
+            crate::say!(
+                "{0} is finished, {1} of {1} steps; to train on from its weights: rankgrad train --from {0}",
+                directory.display(),
+                config.steps
+            );
+            return Ok(());
+        }
     }
     catch_interrupts()?;
     let work = |worker: &Worker, start| {

@@ -517,6 +517,7 @@ fn bad_input_is_answered_by_name() {
         ("train --telemetry exakt", "exact"),
         ("train --config bad.toml", "rank_ratio"),
         ("train --data text --steps 0", "steps is 0"),
+        ("train --data text --threads 1000000", "--threads 1000000: at most"),
         ("train --data text --batch 0", "batch is 0"),
         ("train --data text --context 0", "context is 0"),
         ("train --data text --out run", "already holds a run"),
@@ -732,6 +733,8 @@ fn ranks_are_cut_and_pairs_merged() {
         ("rank run x --to-ratio 0", "--to-ratio is 0: it must be in (0, 1]"),
         ("rank run x --energy 1.5", "--energy is 1.5"),
         ("merge whole x", "dense-muon has no factor pairs to merge"),
+        ("merge run x --data nowhere", "cannot read the data nowhere"),
+        ("rank run x --energy 0.9 --data nowhere", "cannot read the data nowhere"),
         ("merge guided x", "still has the guides of self-guided"),
         ("train --from guided --data text", "still has the guides of self-guided"),
     ] {
@@ -866,6 +869,7 @@ fn text_is_packed_into_token_files() {
 #[test]
 fn runs_are_listed() {
     let desk = Desk::new();
+    assert!(desk.refused("runs").contains("no run in runs: `rankgrad train` makes one"));
     desk.train("runs/one", "--steps 20 --eval-every 0");
     desk.train("runs/deep/two", "--steps 30 --stop-after 4 --eval-every 2 --seed 7 --log-every 1");
     let shown = desk.ok("runs");
@@ -877,6 +881,10 @@ fn runs_are_listed() {
             && lines[1].contains(" ~")
     );
     assert!(lines[2].starts_with("runs/one") && lines[2].contains("  finished  ") && !lines[2].contains('~'));
+
+    // one that is finished is not trained again, nor its files written anew
+    let [said, _] = desk.succeeds("train --resume runs/one");
+    assert!(said.contains("runs/one is finished, 20 of 20 steps"), "{said}");
 
     let rows: Vec<Value> = desk
         .ok("runs runs/one runs/deep --by loss --json")

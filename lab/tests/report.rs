@@ -207,6 +207,8 @@ fn a_studys_table_alone_shows_rates_and_sizes() {
     desk.write("flops.csv", &rows);
     let page = desk.page(&["flops.csv", "--svg", "pictures"], "report.html");
     assert!(page.contains("<h1>flops</h1>"));
+    let said = String::from_utf8(desk.report(&["flops.csv"]).stdout).unwrap();
+    assert!(said.contains("report.html: 16 results of studies, 0 runs with curves"), "{said}");
     let svg = std::fs::read_to_string(desk.path("pictures/size.svg")).unwrap();
     assert!(svg.contains(">\nparameters\n<") && svg.contains("dense-muon") && !svg.contains("d24"), "{svg}");
     assert!(desk.path("pictures/learning-rate.svg").exists());

@@ -225,6 +225,7 @@ fn other_settings_are_refused() {
             "study rank --config small.toml --steps 3 --grid 1 --seeds 1 --out s",
             "`ratios` is [0.5, 1.0] there, not given now",
         ),
+        ("study ablation --resume s", "this is a study of rank, not of ablation"),
         ("study --resume s --out t", "--out cannot go with --resume"),
         ("study --resume text", "study.toml"),
     ] {
@@ -257,6 +258,10 @@ fn bad_input_is_answered_by_name() {
         ("study methods --grid 0", "each must be a positive number"),
         ("study methods --grid 1,1", "none twice"),
         ("study methods --seeds 1,1", "none twice"),
+        ("study methods --seeds 9223372036854775808", "--seeds 9223372036854775808: TOML holds at most"),
+        ("study methods --methods adamw,spectron,adamw", "--methods names adamw twice"),
+        ("study recipe --nesterov=false", "--nesterov is what `study recipe` compares"),
+        ("study recipe --lr-scale shape", "--lr-scale is what `study recipe` compares"),
         ("study methods --jobs 0", "0 is not in 1.."),
         ("study methods --lr 0.1", "--lr is for one run; a study takes --grid"),
         ("study methods --adam-lr 0.1", "--adam-grid"),
@@ -303,6 +308,12 @@ fn a_run_that_diverges_is_an_outcome() {
     assert_eq!((summary["lr"].as_str(), summary["seeds"].as_str()), ("0.002", "2 of 2"));
     assert_eq!((summary["diverged runs"].as_str(), summary["interior"].as_str()), ("1 of 3", "NO"));
     assert!(!desk.ok(line).contains("diverged, step"), "not run again");
+    let [listed, _] = desk.succeeds("runs s");
+    assert!(
+        listed
+            .lines()
+            .any(|l| l.contains(rate) && l.contains(&format!("diverged at step {}", diverged["step"])))
+    );
     // nothing survives: said, not averaged
     desk.ok("study methods --config small.toml --steps 20 --methods adamw --grid 1e30 --seeds 1,2 --out t");
     assert_eq!(desk.table("t", "at its best learning rate")[0]["lr"], "(every rate diverged)");

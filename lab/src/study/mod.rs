@@ -29,6 +29,7 @@ use crate::report::write_page;
 use crate::study::execute::Study;
 use crate::study::plan::Plan;
 
+pub use outcome::Diverged;
 pub use plan::{Kind, StudyOptions};
 
 /// study.toml: what decides the results. Options that were not given are absent.
@@ -70,6 +71,13 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         }
         (None, Some(kind)) => (kind, args.options.clone(), asked),
         (Some(recorded), kind) => {
+            if let Some(kind) = kind.filter(|&kind| kind != recorded.kind) {
+                return Err(Error::new(format!(
+                    "this is a study of {}, not of {}: leave the kind out, it is recorded",
+                    name(recorded.kind),
+                    name(kind)
+                )));
+            }
             let Settings { model, training, shape, .. } = recorded;
             let base = Overrides { model: model.clone(), training: training.clone(), shape: shape.clone() };
             (kind.unwrap_or(recorded.kind), merge(&recorded.study, &args.options)?, asked.over(&base)?)

@@ -41,6 +41,15 @@ impl Diverged {
         let json = serde_json::to_string_pretty(self).expect("plain values") + "\n";
         write_atomically(&directory.join("diverged.json"), json.as_bytes())
     }
+
+    /// None: it did not diverge, or not yet.
+    ///
+    /// # Errors
+    /// A file that is no record of this program.
+    pub fn read(directory: &Path) -> Result<Option<Diverged>> {
+        let path = directory.join("diverged.json");
+        path.exists().then(|| json(&path)).transpose()
+    }
 }
 
 impl Outcome {
@@ -49,13 +58,11 @@ impl Outcome {
     /// # Errors
     /// Files that are no records of this program.
     pub fn read(directory: &Path) -> Result<Option<Outcome>> {
-        let (finished, diverged) = (directory.join("final.json"), directory.join("diverged.json"));
-        let end: std::result::Result<Summary, Diverged> = if finished.exists() {
-            Ok(json(&finished)?)
-        } else if diverged.exists() {
-            Err(json(&diverged)?)
-        } else {
-            return Ok(None);
+        let finished = directory.join("final.json");
+        let end: std::result::Result<Summary, Diverged> = match Diverged::read(directory)? {
+            _ if finished.exists() => Ok(json(&finished)?),
+            Some(diverged) => Err(diverged),
+            None => return Ok(None),
         };
         let metrics = directory.join("metrics.jsonl");
         let records = read_metrics(&metrics)?;

@@ -25,7 +25,8 @@ pub enum Kind {
     Stability,
     /// 100,000 steps (or --steps) of a very small model at a constant learning rate: spikes, and where norms and gauge drift
     Long,
-    /// recipe options one by one and together, on every method: what one is granted is granted to all
+    /// options of the recipe, each added to momentum without look-ahead and then all together, for each method: --nesterov, --schedule
+    /// linear to 0, --zero-init-output, --lr-scale shape
     Recipe,
 }
 
@@ -174,6 +175,28 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
             return fail(format!("--{flag} is for one run; a study takes {instead}"));
         }
     }
+    let mut seen = std::collections::BTreeSet::new();
+    for method in o.methods.iter().flatten().map(|&m| name(m)) {
+        if !seen.insert(method.clone()) {
+            return fail(format!("--methods names {method} twice"));
+        }
+    }
+    if let Some(seed) = o.seeds.iter().flatten().find(|&&seed| i64::try_from(seed).is_err()) {
+        return fail(format!("--seeds {seed}: TOML holds at most {}", i64::MAX));
+    }
+    if kind == Kind::Recipe {
+        for (given, flag) in [
+            (training.nesterov.is_some(), "nesterov"),
+            (training.schedule.is_some(), "schedule"),
+            (training.final_lr_fraction.is_some(), "final-lr-fraction"),
+            (model.zero_init_output.is_some(), "zero-init-output"),
+            (training.lr_scale.is_some(), "lr-scale"),
+        ] {
+            if given {
+                return fail(format!("--{flag} is what `study recipe` compares: leave it out"));
+            }
+        }
+    }
     if model.precision.is_some_and(|precision| precision != Precision::F32) {
         return fail("--precision bf16 is for GPUs; a study computes on the processor".into());
     }
@@ -277,7 +300,7 @@ fn recipes(options: &StudyOptions, base: &Overrides) -> Result<Vec<(String, Conf
         ("lr-scale-shape", |o| o.training.lr_scale = Some(LrScale::Shape)),
     ];
     let mut base = base.clone();
-    base.training.nesterov.get_or_insert(false); // without any of the parts
+    base.training.nesterov = Some(false); // without any of the parts
     let mut arms = vec![];
     for method in chosen(options, &[Method::Spectron, Method::DenseMuon]) {
         let mut arm = |label: &str, overrides: &Overrides| {
