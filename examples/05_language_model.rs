@@ -48,10 +48,13 @@ struct Model {
 impl Model {
     fn new(cpu: &B, params: &mut Params<B>, v: usize) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(1);
+        let names = ["q", "k", "v", "o", "gate", "up", "down"];
         let shapes = [[D, D], [D, D], [D, D], [D, D], [F, D], [F, D], [D, F]];
-        let pairs =
-            shapes.map(|s| params.pair("layer", init_pair(cpu, rng, s, D / 4, 0.05, PairInit::Spectral)));
-        let norms = [(); 3].map(|_| params.dense("norm", Tensor::full(cpu, [D], 1.0))); // [d]
+        let pairs = std::array::from_fn(|i| {
+            params.pair(names[i], init_pair(cpu, rng, shapes[i], D / 4, 0.05, PairInit::Spectral)) // [m, r], [n, r]
+        });
+        let norms =
+            ["norm 1", "norm 2", "norm 3"].map(|name| params.dense(name, Tensor::full(cpu, [D], 1.0))); // [d]
         let mut table = |name: &str| params.dense(name, gaussian(cpu, rng, [v, D], 0.05)); // [v, d]
         let (embedding, head) = (table("embedding"), table("head"));
         Self { embedding, pairs, norms, head, rope: Rope::new(cpu, T, D / 4, 1e4) }

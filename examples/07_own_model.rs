@@ -56,8 +56,9 @@ fn main() {
     let rng = &mut ChaCha8Rng::seed_from_u64(1);
     let input = params.dense("input", gaussian(&cpu, rng, [D, SEEN], 0.2)); // [d, L]
     let output = params.dense("output", Tensor::zeros(&cpu, [1, D])); // [1, d]
-    let mut pair = |s| params.pair("block", init_pair(&cpu, rng, s, D / 4, 0.1, PairInit::Spectral)); // [m, r], [n, r]
-    let network = Network { input, blocks: [(); 3].map(|_| [pair([2 * D, D]), pair([D, 2 * D])]), output };
+    let mut pair = |name, s| params.pair(name, init_pair(&cpu, rng, s, D / 4, 0.1, PairInit::Spectral)); // [m, r], [n, r]
+    let block = |i| [pair(format!("{i}.up"), [2 * D, D]), pair(format!("{i}.down"), [D, 2 * D])];
+    let network = Network { input, blocks: [0, 1, 2].map(block), output };
     let mut optimizer = Optimizer::spectron(&params);
     for step in 0..steps {
         let tape = Tape::new(&cpu);
