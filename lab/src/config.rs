@@ -63,6 +63,20 @@ pub enum Method {
     DenseMuon,
 }
 
+impl Method {
+    /// Whether AdamW trains everything, so that one rate is the rate of all, and no momentum has a look-ahead.
+    pub fn is_adamw(self) -> bool {
+        use Method::{Adamw, DenseAdamw, SelfGuided, SelfGuidedCheap};
+        matches!(self, Adamw | DenseAdamw | SelfGuided | SelfGuidedCheap)
+    }
+
+    /// Whether the pairs can be balanced.
+    fn is_spectron(self) -> bool {
+        use Method::{Spectron, SpectronCertified, SpectronExact, SpectronExactCertified};
+        matches!(self, Spectron | SpectronExact | SpectronCertified | SpectronExactCertified)
+    }
+}
+
 /// A factor on the learning rate of each of the blocks' matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -406,6 +420,20 @@ pub fn absolute(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
 }
 
 impl Overrides {
+    /// The flags given here that do nothing under this method.
+    pub fn without_effect(&self, method: Method) -> Vec<&'static str> {
+        let (model, training) = (&self.model, &self.training);
+        let dense = matches!(method, Method::DenseAdamw | Method::DenseMuon);
+        let unused = [
+            (model.rank_ratio.is_some() && dense, "--rank-ratio"),
+            (model.init.is_some() && dense, "--init"),
+            (training.momentum.is_some() && method.is_adamw(), "--momentum"),
+            (training.nesterov.is_some() && method.is_adamw(), "--nesterov"),
+            (training.balance_every.is_some() && !method.is_spectron(), "--balance-every"),
+        ];
+        unused.into_iter().filter(|(unused, _)| *unused).map(|(_, flag)| flag).collect()
+    }
+
     /// Reads a TOML file of `key = value` lines; the keys are the long flags with `_` for `-`.
     ///
     /// # Errors

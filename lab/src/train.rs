@@ -11,7 +11,7 @@ use rankgrad::tensor::Backend;
 
 use crate::checkpoint::{self, Checkpoint, Meta};
 use crate::cli::TrainArgs;
-use crate::config::Config;
+use crate::config::{Config, name};
 use crate::data::Corpus;
 use crate::device::{self, Join, on_device};
 use crate::error::{Error, Result};
@@ -56,6 +56,10 @@ pub fn train(args: &TrainArgs) -> Result<()> {
             (weights.meta.config.begun_with(&asked)?, tokenizer, Start::From(Box::new(weights)))
         }
     };
+    let unused = args.overrides.without_effect(config.method);
+    if !args.quiet && !unused.is_empty() {
+        eprintln!("without effect under {}: {}", name(config.method), unused.join(", "));
+    }
     let places = workers::places(args, &config)?;
     let corpus =
         Corpus::load(&config.data, &config.val_data, config.context, &tokenizer)?.fits(config.vocab)?;

@@ -423,6 +423,12 @@ fn micro_batches_make_one_batch() {
 #[test]
 fn variants_of_the_model_train() {
     let desk = Desk::new();
+    let line = "train --config small.toml --data text --steps 1 --method dense-adamw --momentum 0.9 --init orthogonal --balance-every 2 --beta1 0.8";
+    let [_, said] = desk.succeeds(line);
+    assert!(
+        said.contains("without effect under dense-adamw: --init, --momentum, --balance-every\n"),
+        "{said}"
+    );
     for (i, flags) in [
         "--kv-heads 1 --tie",
         "--zero-init-output --init orthogonal --schedule wsd",
@@ -431,6 +437,7 @@ fn variants_of_the_model_train() {
         "--nesterov=false --lr-scale shape --schedule linear --final-lr-fraction 0 --zero-init-output",
         "--method lora-muon --zero-init-output",
         "--method self-guided --zero-init-output --kv-heads 1",
+        "--method spectron-certified --balance-every 3 --weight-decay 0.1",
     ]
     .iter()
     .enumerate()

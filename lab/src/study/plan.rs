@@ -144,7 +144,7 @@ impl Plan {
         notes.push("Seconds are those of training, shared with the runs at the same time.".into());
         let arm = |(label, config): (String, Config)| Arm {
             label,
-            coupled: coupled(config.method),
+            coupled: config.method.is_adamw(),
             config,
             grid: grid.clone(),
             adam_grid: adam_grid.clone(),
@@ -154,12 +154,6 @@ impl Plan {
         };
         Ok(Plan { kind, budget, arms: configs.into_iter().map(arm).collect(), notes })
     }
-}
-
-/// Whether AdamW trains everything, so that one rate is the rate of all.
-fn coupled(method: Method) -> bool {
-    use Method::{Adamw, DenseAdamw, SelfGuided, SelfGuidedCheap};
-    matches!(method, Adamw | DenseAdamw | SelfGuided | SelfGuidedCheap)
 }
 
 fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Result<()> {
@@ -310,7 +304,7 @@ fn recipes(options: &StudyOptions, base: &Overrides) -> Result<Vec<(String, Conf
         arm("base", &base)?;
         let mut all = base.clone();
         for (label, part) in parts {
-            if label == "nesterov" && coupled(method) {
+            if label == "nesterov" && method.is_adamw() {
                 continue; // AdamW has none
             }
             let mut one = base.clone();
