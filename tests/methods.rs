@@ -275,7 +275,6 @@ fn a_zero_factor_is_no_division_by_zero() {
     }
 }
 
-/// A rule that is rebuilt from its saved state goes on bit for bit: nothing else is remembered.
 /// ηλ > 1 leaves nothing of W, and no root of a negative number.
 #[test]
 fn decay_takes_all_of_w_at_most() {
@@ -306,6 +305,7 @@ fn decay_takes_all_of_w_at_most() {
     assert_eq!(a[0].norm(), 0.0);
 }
 
+/// A rule that is rebuilt from its saved state goes on bit for bit: nothing else is remembered.
 #[test]
 fn the_state_is_complete() {
     let start = || draw_pairs(&mut ChaCha8Rng::seed_from_u64(6));

@@ -510,11 +510,10 @@ pub fn size_lines(study: &Study) -> Vec<LossLine> {
     let mut lines = vec![];
     for setting in settings(&study.trials) {
         let at_best: Vec<&Trial> = setting.into_iter().filter(|t| t.at_best).collect();
-        let Some(&Trial { method: Some(ref method), parameters: Some(size), .. }) = at_best.first().copied()
-        else {
-            continue;
-        };
-        line(&mut lines, method, method).add(size, &at_best);
+        let Some(first) = at_best.first() else { continue };
+        if let (Some(method), Some(size)) = (&first.method, first.parameters) {
+            line(&mut lines, method, method).add(size, &at_best);
+        }
     }
     let sizes = |l: &LossLine| l.means.first().map(|m| m.0) != l.means.last().map(|m| m.0);
     if lines.iter().any(sizes) { lines } else { vec![] }

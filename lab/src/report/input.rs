@@ -1,7 +1,8 @@
 //! What a report is about: runs and studies, read from their directories.
 //!
 //! A study is a directory with study.toml or results.csv; its runs lie in runs/ID. Its results.csv, under any name, will do
-//! alone: what it has no records for is not drawn. Anything else must be a run. Read tolerantly: a run that has not ended has no final.json, one without telemetry no spectra, an older one fewer fields.
+//! alone: what it has no records for is not drawn. Anything else must be a run. Read tolerantly: a run that has not ended has
+//! no final.json, one without telemetry no spectra, an older one fewer fields.
 //! Not here: what is drawn (figures.rs), and how the page says it (page.rs).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -341,9 +342,11 @@ fn trials(path: &Path, ids: &[String], prefix: Option<&str>) -> Result<Vec<Trial
 pub fn settings(trials: &[Trial]) -> Vec<Vec<&Trial>> {
     let mut settings: Vec<Vec<&Trial>> = vec![];
     for trial in trials {
-        let setting = |t: &Trial| (t.arm.clone(), t.lr, t.adam_lr);
-        match settings.iter_mut().find(|s| setting(s[0]) == setting(trial)) {
-            Some(same) => same.push(trial),
+        let same = |s: &&mut Vec<&Trial>| {
+            (&s[0].arm, s[0].lr, s[0].adam_lr) == (&trial.arm, trial.lr, trial.adam_lr)
+        };
+        match settings.iter_mut().find(same) {
+            Some(setting) => setting.push(trial),
             None => settings.push(vec![trial]),
         }
     }

@@ -80,7 +80,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
             }
             let Settings { model, training, shape, .. } = recorded;
             let base = Overrides { model: model.clone(), training: training.clone(), shape: shape.clone() };
-            (kind.unwrap_or(recorded.kind), merge(&recorded.study, &args.options)?, asked.over(&base)?)
+            (recorded.kind, merge(&recorded.study, &args.options)?, asked.over(&base)?)
         }
     };
     let (base, tokenizer) = base.with_tokenizer()?;
