@@ -1,4 +1,5 @@
-//! The directory of a run: config.toml, metrics.jsonl, checkpoints, final.json, loss.svg, and event files if asked for.
+//! The directory of a run: config.toml, metrics.jsonl, checkpoints, final.json or diverged.json, loss.svg, and event files if
+//! asked for.
 //!
 //! A directory holds one run; what is in it is only ever added to, or replaced whole. metrics.jsonl is one JSON
 //! object a line, in the order of the steps and without repeats, also after a resume.
@@ -136,6 +137,27 @@ impl Outcome {
     }
 }
 
+/// diverged.json: where a loss or gradient was not finite.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Diverged {
+    pub step: u64,
+    pub reason: String,
+}
+
+impl Diverged {
+    fn path(directory: &Path) -> PathBuf {
+        directory.join("diverged.json")
+    }
+
+    /// None: it did not diverge, or not yet.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no record of this program.
+    pub fn read(directory: &Path) -> Result<Option<Self>> {
+        read_json(&Self::path(directory))
+    }
+}
+
 /// The value of a JSON file, if there is one.
 ///
 /// # Errors
@@ -188,7 +210,7 @@ impl Run {
     }
 
     /// Opens the directory for going on after `step`: later records, and a last line that was cut off, are dropped
-    /// from metrics.jsonl.
+    /// from metrics.jsonl, and where it diverged is forgotten.
     ///
     /// # Errors
     /// A directory that cannot be read or written, or that another process writes to; a line before the last that is no record.
@@ -201,6 +223,10 @@ impl Run {
             kept.retain(|record| record.step <= step);
             let lines: String = kept.iter().map(line).collect();
             write_atomically(&path, lines.as_bytes())?;
+        }
+        let diverged = Diverged::path(directory);
+        if diverged.exists() {
+            fs::remove_file(&diverged).map_err(cannot("remove", &diverged))?;
         }
         let mut run = Self::open(directory.to_owned(), claim)?;
         if tensorboard::exist(directory)? {
@@ -275,6 +301,15 @@ impl Run {
         }
         let json = serde_json::to_string_pretty(summary).expect("plain values") + "\n";
         write_atomically(&self.directory.join("final.json"), json.as_bytes())
+    }
+
+    /// Writes diverged.json.
+    ///
+    /// # Errors
+    /// A full disk and the like.
+    pub fn diverged(&self, diverged: &Diverged) -> Result<()> {
+        let json = serde_json::to_string_pretty(diverged).expect("plain values") + "\n";
+        write_atomically(&Diverged::path(&self.directory), json.as_bytes())
     }
 }
 
@@ -417,8 +452,11 @@ mod tests {
         let mut run = Run::create(&config(Some(dir.path().to_owned()))).unwrap();
         (1..=4).for_each(|step| run.log(&record(step)).unwrap());
         run.metrics.write_all(&b"{\"step\": 5, \"lo\xc3"[..]).unwrap();
+        run.diverged(&Diverged { step: 5, reason: "the loss is not finite".into() }).unwrap();
         drop(run);
+        assert_eq!(Diverged::read(dir.path()).unwrap().map(|d| d.step), Some(5));
         let mut run = Run::resume(dir.path(), 2).unwrap();
+        assert!(Diverged::read(dir.path()).unwrap().is_none());
         run.log(&record(3)).unwrap();
         assert_eq!(read_metrics(&path).unwrap(), [record(1), record(2), record(3)]);
         fs::write(&path, "{}\n").unwrap();

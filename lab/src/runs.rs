@@ -14,8 +14,7 @@ use crate::cli::{Order, RunsArgs};
 use crate::config::{Method, Overrides, Preset, name};
 use crate::error::{Error, Result, cannot};
 use crate::flops::parameters;
-use crate::run::{Outcome, read_metrics};
-use crate::study::Diverged;
+use crate::run::{Diverged, Outcome, read_metrics};
 
 /// A run, as far as it has come.
 #[derive(Serialize)]
@@ -33,7 +32,7 @@ struct Row {
     steps: usize,
     /// Whether final.json is there.
     finished: bool,
-    /// The step at which it diverged, for a run of a study (which goes on without it).
+    /// The step at which it diverged.
     diverged_step: Option<u64>,
     /// Nats per token; of the whole split if finished, else the newest of some batches.
     val_loss: Option<f64>,

@@ -20,7 +20,7 @@ use crate::generate::{Sampling, sample};
 use crate::inspect::bits;
 use crate::plot::{self, Curve};
 use crate::progress::{Progress, catch_interrupts, interrupted};
-use crate::run::{Outcome, Record, Run, Summary, peak_memory_mib, read_metrics};
+use crate::run::{Diverged, Outcome, Record, Run, Summary, peak_memory_mib, read_metrics};
 use crate::tokens::Tokenizer;
 use crate::trainer::{Halt, Together, Trainer, schedule, without_guides};
 use crate::workers::{self, Worker};
@@ -118,7 +118,7 @@ fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
     progress.note(&format!("run: {directory} ({params} parameters)"));
     match training.run(args.stop_after, &mut progress)? {
         End::Finished(summary) if first => training.show(&summary, args.quiet),
-        End::Diverged { reason, .. } => Err(Error::new(format!(
+        End::Diverged(Diverged { reason, .. }) => Err(Error::new(format!(
             "{reason}. The last checkpoint is kept; try a smaller --lr or --adam-lr, or a smaller --clip"
         ))),
         End::Stopped(Some(checkpoint)) => {
@@ -197,8 +197,8 @@ pub enum End {
     Finished(Summary),
     /// Ctrl-C, or the step to stop after; the checkpoint that continues it, which the first worker has written.
     Stopped(Option<PathBuf>),
-    /// A loss or gradient was not finite: at which step, and a sentence that says where.
-    Diverged { step: u64, reason: String },
+    /// A loss or gradient was not finite, and diverged.json is written.
+    Diverged(Diverged),
 }
 
 /// A run in its directory, and the state that it moves.
@@ -274,7 +274,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
                 Ok(outcome) => outcome,
                 Err(Halt::Failed(why)) => return Err(why.into()),
                 Err(Halt::Diverged(why)) => {
-                    return Ok(End::Diverged { step: step + 1, reason: why.to_string() });
+                    return self.diverged(done, why.to_string());
                 }
             };
             let seconds = start.elapsed().as_secs_f64();
@@ -323,6 +323,12 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         self.finish()
     }
 
+    fn diverged(&self, step: u64, reason: String) -> Result<End> {
+        let diverged = Diverged { step, reason };
+        self.run.as_ref().map_or(Ok(()), |run| run.diverged(&diverged))?;
+        Ok(End::Diverged(diverged))
+    }
+
     fn note_best(&mut self, val_loss: Option<f64>) {
         if let Some(loss) = val_loss.filter(|loss| loss.is_finite()) {
             self.meta.best_val_loss = Some(self.meta.best_val_loss.map_or(loss, |best| best.min(loss)));
@@ -347,7 +353,7 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         if !val_loss.is_finite() {
             let step = config.steps as u64;
             let reason = format!("step {step}: after its update the validation loss is not finite");
-            return Ok(End::Diverged { step, reason });
+            return self.diverged(step, reason);
         }
         let largest = self.run.as_ref().map(Run::largest_updates).transpose()?;
         let [max_update_over_w, max_update_over_eta] = largest.unwrap_or_default();

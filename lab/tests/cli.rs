@@ -478,6 +478,9 @@ fn a_run_that_diverges_says_where_and_keeps_its_checkpoint() {
     );
     assert!(errors.contains("step ") && errors.contains("not finite"), "{errors}");
     desk.ok("inspect run"); // what was saved last still loads, and so do its records
+    let diverged = json(&desk.path("run/diverged.json"));
+    assert!(desk.ok("runs run").contains(&format!("diverged at step {}", diverged["step"])));
+    assert!(errors.contains(diverged["reason"].as_str().unwrap()), "{errors}");
 }
 
 #[cfg(unix)]

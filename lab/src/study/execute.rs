@@ -25,7 +25,7 @@ use crate::data::Corpus;
 use crate::error::{Error, Result, cannot};
 use crate::progress::{Progress, interrupt, interrupted};
 use crate::run::Run;
-use crate::study::outcome::{Diverged, Outcome, same_config};
+use crate::study::outcome::{Outcome, same_config};
 use crate::study::plan::Plan;
 use crate::study::search::{State, Trial};
 use crate::tokens::Tokenizer;
@@ -198,10 +198,8 @@ impl Study<'_> {
             Loop::new(&Cpu::default(), Arc::new(Alone), &config, data, Some(run), start)?
                 .run(None, &mut progress)
         })?;
-        match end {
-            End::Stopped(_) => return Ok(None),
-            End::Diverged { step, reason } => Diverged { step, reason }.write(&directory)?,
-            End::Finished(_) => {}
+        if let End::Stopped(_) = end {
+            return Ok(None);
         }
         if !self.keep_checkpoints {
             for (_, path) in checkpoint::list(&directory)? {

@@ -29,7 +29,6 @@ use crate::report::write_page;
 use crate::study::execute::Study;
 use crate::study::plan::Plan;
 
-pub use outcome::Diverged;
 pub use plan::{Kind, StudyOptions};
 
 /// study.toml: what decides the results. Options that were not given are absent.

@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::config::{Config, Overrides, table};
 use crate::error::{Error, Result, cannot};
-use crate::files::write_atomically;
-use crate::run::{Record, Summary, read_metrics};
+use crate::run::{Diverged, Record, Summary, read_json, read_metrics};
 
 /// A run that is over.
 #[derive(Clone, Debug)]
@@ -27,42 +25,17 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// diverged.json: where a loss or gradient was not finite.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Diverged {
-    pub step: u64,
-    pub reason: String,
-}
-
-impl Diverged {
-    /// # Errors
-    /// A full disk and the like.
-    pub fn write(&self, directory: &Path) -> Result<()> {
-        let json = serde_json::to_string_pretty(self).expect("plain values") + "\n";
-        write_atomically(&directory.join("diverged.json"), json.as_bytes())
-    }
-
-    /// None: it did not diverge, or not yet.
-    ///
-    /// # Errors
-    /// A file that is no record of this program.
-    pub fn read(directory: &Path) -> Result<Option<Diverged>> {
-        let path = directory.join("diverged.json");
-        path.exists().then(|| json(&path)).transpose()
-    }
-}
-
 impl Outcome {
     /// What is in the directory of a run; None if it is not over.
     ///
     /// # Errors
     /// Files that are no records of this program.
     pub fn read(directory: &Path) -> Result<Option<Outcome>> {
-        let finished = directory.join("final.json");
-        let end: std::result::Result<Summary, Diverged> = match Diverged::read(directory)? {
-            _ if finished.exists() => Ok(json(&finished)?),
-            Some(diverged) => Err(diverged),
-            None => return Ok(None),
+        let finished: Option<Summary> = read_json(&directory.join("final.json"))?;
+        let end = match (finished, Diverged::read(directory)?) {
+            (Some(summary), _) => Ok(summary),
+            (None, Some(diverged)) => Err(diverged),
+            (None, None) => return Ok(None),
         };
         let metrics = directory.join("metrics.jsonl");
         let records = read_metrics(&metrics)?;
@@ -84,11 +57,6 @@ impl Outcome {
     pub fn loss(&self) -> f64 {
         self.end.as_ref().map_or(f64::INFINITY, |summary| summary.val_loss)
     }
-}
-
-fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = fs::read(path).map_err(cannot("read", path))?;
-    serde_json::from_slice(&bytes).map_err(cannot("read", path))
 }
 
 /// A line of metrics.jsonl with norms of the blocks' matrices: matrix → quantity → value; null: not finite.
