@@ -263,7 +263,10 @@ fn bad_input_is_answered_by_name() {
         ("study recipe --nesterov=false", "--nesterov is what `study recipe` compares"),
         ("study recipe --lr-scale shape", "--lr-scale is what `study recipe` compares"),
         ("study methods --jobs 0", "0 is not in 1.."),
-        ("study methods --lr 0.1", "--lr is for one run; a study takes --grid"),
+        (
+            "study methods --lr 0.1",
+            "--lr (`lr` in a configuration file) is for one run; a study takes --grid",
+        ),
         ("study methods --adam-lr 0.1", "--adam-grid"),
         ("study methods --method adamw", "--methods"),
         ("study methods --seed 2", "--seeds"),
@@ -293,8 +296,11 @@ fn bad_input_is_answered_by_name() {
 #[test]
 fn a_run_that_diverges_is_an_outcome() {
     let desk = Desk::new();
-    let line = "study methods --config small.toml --steps 20 --methods adamw --grid 1,1e30 --extensions 0 --seeds 1,2 --out s";
+    let line = "study methods --config small.toml --steps 20 --methods adamw --grid 1,1e30 --extensions 0 --seeds 1,2 \
+                --momentum 0.9 --out s";
     let shown = desk.ok(line);
+    let idle = "Without effect under every method here: --momentum.";
+    assert!(shown.contains(idle) && desk.text("s/table.md").contains(idle), "{shown}");
     let rate = "2000000000000000000000000000";
     let run = format!("adamw-lr{rate}-adam{rate}-seed1");
     assert!(shown.contains(&format!("{run}: diverged, step ")), "{shown}");

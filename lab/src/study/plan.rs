@@ -142,6 +142,11 @@ impl Plan {
             seeds[0]
         ));
         notes.push("Seconds are those of training, shared with the runs at the same time.".into());
+        let mut idle = base.without_effect(configs[0].1.method);
+        idle.retain(|flag| configs.iter().all(|(_, c)| base.without_effect(c.method).contains(flag)));
+        if !idle.is_empty() {
+            notes.push(format!("Without effect under every method here: {}.", idle.join(", ")));
+        }
         let arm = |(label, config): (String, Config)| Arm {
             label,
             coupled: config.method.is_adamw(),
@@ -166,7 +171,10 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
         (training.adam_lr.is_some(), "adam-lr", "--adam-grid, in factors on the method's default"),
     ] {
         if given {
-            return fail(format!("--{flag} is for one run; a study takes {instead}"));
+            let key = flag.replace('-', "_");
+            return fail(format!(
+                "--{flag} (`{key}` in a configuration file) is for one run; a study takes {instead}"
+            ));
         }
     }
     let mut seen = std::collections::BTreeSet::new();
