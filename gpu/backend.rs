@@ -101,7 +101,7 @@ impl<T: OnGpu> Cuda<T> {
         };
         let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
         let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
-        let grid = [table.len(), blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1];
+        let grid = Self::grid_of_terms(table.len(), most);
         // SAFETY: the caller's promise, and each row has the fields of a Term
         unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
     }
@@ -172,10 +172,9 @@ impl<T: OnGpu> Cuda<T> {
         y
     }
 
-    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each part of it.
-    fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
-        let Some(first) = xs.first() else { return Vec::new() };
-        let device = first.device();
+    /// Σ over all elements of each tensor, by a kernel that writes one f64 for each part of it. f64, on the device; None for none.
+    fn totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Option<Memory> {
+        let device = xs.first()?.device();
         let parts = |x: &Tensor<Self>| x.len().div_ceil(2 * Self::PACK * THREADS as usize).clamp(1, 512);
         let each = |&x: &&Tensor<Self>| {
             [checked::<T>(x.buffer(), x.len()).address(), x.len() as u64, parts(x) as u64]
@@ -188,7 +187,17 @@ impl<T: OnGpu> Cuda<T> {
             device.launch(kernel, [xs.len(), most, 1], THREADS, args![&all, &parts]);
             device.launch("sum_parts", [xs.len(), 1, 1], THREADS, args![&all, &parts, &sums, int(most)]);
         }
-        device.fetch(&sums)
+        Some(sums)
+    }
+
+    /// The same on the host.
+    fn fetched_totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
+        Self::totals(kernel, xs).map_or(vec![], |sums| xs[0].device().fetch(&sums))
+    }
+
+    /// The grid of a kernel that looks at the elements of each of `terms` tensors, each by itself; `most` elements of the largest.
+    fn grid_of_terms(terms: usize, most: usize) -> [usize; 3] {
+        [terms, blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1]
     }
 }
 
@@ -392,10 +401,30 @@ impl<T: OnGpu> Backend for Cuda<T> {
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
-        Self::totals("sum", &[x])[0]
+        Self::fetched_totals("sum", &[x])[0]
     }
     fn norms(xs: &[&Tensor<Self>]) -> Vec<f64> {
-        Self::totals("sum_squares", xs).into_iter().map(f64::sqrt).collect()
+        Self::fetched_totals("sum_squares", xs).into_iter().map(f64::sqrt).collect()
+    }
+    fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>> {
+        let Some(squares) = Self::totals("sum_squares", &xs.iter().map(|x| x.0).collect::<Vec<_>>()) else {
+            return Vec::new();
+        };
+        let device = xs[0].0.device();
+        let mut ys: Vec<_> = xs.iter().map(|(x, _)| Tensor::scratch(device, x.shape())).collect(); // like each x
+        let row = |(&(x, other), y): (&(&Tensor<Self>, &Tensor<Self>), &mut Tensor<Self>)| {
+            same_len("normalised", [x, other]);
+            let [x_at, other] = [x, other].map(|x| checked::<T>(x.buffer(), x.len()).address());
+            [address(y), x_at, other, x.len() as u64]
+        };
+        let table: Vec<[u64; 4]> = xs.iter().zip(&mut ys).map(row).collect();
+        let most = xs.iter().map(|(x, _)| x.len()).max().expect("there is one");
+        let grid = Self::grid_of_terms(xs.len(), most);
+        // SAFETY: (all, squares), each row with the fields of a Direction
+        unsafe {
+            device.launch("normalised", grid, THREADS, args![&device.stage(table.as_flattened()), &squares])
+        };
+        ys
     }
 
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {

@@ -53,7 +53,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// The kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 40] = [
+pub const NAMES: [&str; 41] = [
     "fill",
     "widen",
     "narrow",
@@ -84,6 +84,7 @@ pub const NAMES: [&str; 40] = [
     "sum",
     "sum_squares",
     "sum_parts",
+    "normalised",
     "attention_1",
     "attention_2",
     "attention_4",

@@ -15,7 +15,9 @@ pub const CERTIFICATE_EVERY: u64 = 8;
 pub(super) struct Certified<B: Backend> {
     config: SpectronConfig,
     /// ≥ σ [1], of A and of B of each pair in turn; infinite until certified.
-    pub bounds: Vec<Tensor<B>>,
+    bounds: Vec<Tensor<B>>,
+    /// The same on the host, so that no device is asked for them; empty where others may have written `bounds`.
+    known: Vec<f64>,
 }
 
 impl<B: Backend> Certified<B> {
@@ -28,20 +30,27 @@ impl<B: Backend> Certified<B> {
         let rounding = how.rounding(B::Elem::UNIT_ROUNDOFF, 1);
         assert!(rounding <= 0.1, "spectron: certify, but rounding can move {how:?} by {rounding:e}");
         let unknown = |x: &&Tensor<B>| Tensor::full(x.device(), [1], f64::INFINITY); // [1]
-        Self { config, bounds: factors(pairs).iter().map(unknown).collect() }
+        Self { config, bounds: factors(pairs).iter().map(unknown).collect(), known: Vec::new() }
+    }
+
+    /// The bounds, to be saved or loaded.
+    pub fn state(&mut self) -> &mut [Tensor<B>] {
+        self.known.clear();
+        &mut self.bounds
     }
 
     /// Upper bounds of σ of all factors, some of them certified anew: those that have none yet, all where `all` says so, else
     /// one in [`CERTIFICATE_EVERY`].
     pub fn upper_bounds(&mut self, pairs: &[FactorPair<B>], t: u64, all: bool) -> Vec<f64> {
-        let mut known: Vec<f64> = self.bounds.iter().map(Tensor::item).collect();
-        for (i, (x, bound)) in factors(pairs).into_iter().zip(&mut known).enumerate() {
-            if all || !bound.is_finite() || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
+        if self.known.is_empty() {
+            self.known = self.bounds.iter().map(Tensor::item).collect();
+        }
+        for (i, x) in factors(pairs).into_iter().enumerate() {
+            if all || !self.known[i].is_finite() || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
                 self.set_bound(i, spectral_norm_upper_bound(x));
-                *bound = self.bounds[i].item();
             }
         }
-        known
+        self.known.clone()
     }
 
     /// The radius and the factor on W by weight decay, if W may move by `eta` of which `spent` is gone.
@@ -66,7 +75,7 @@ impl<B: Backend> Certified<B> {
     /// The stored result cannot be exact: 4u(‖A‖_F + ρ√r) pays for its rounding, ‖A‖_F ≤ √r·σ(A). A factor whose ρ is less than
     /// that stays where it is: None.
     pub fn reach(&mut self, i: usize, x: &Tensor<B>, rho: f64, shrink: f64) -> Option<f64> {
-        let (u, r, bound) = (B::Elem::UNIT_ROUNDOFF, x.rows().min(x.cols()), self.bounds[i].item());
+        let (u, r, bound) = (B::Elem::UNIT_ROUNDOFF, x.rows().min(x.cols()), self.known[i]);
         let reach = rho - 4.0 * u * (r as f64).sqrt() * (bound + rho);
         (reach > 0.0).then(|| {
             self.set_bound(i, bound * shrink + rho);
@@ -80,5 +89,6 @@ impl<B: Backend> Certified<B> {
         let device = self.bounds[i].device().clone();
         let up = B::Elem::of(bound * (1.0 + 4.0 * B::Elem::UNIT_ROUNDOFF));
         self.bounds[i] = Tensor::from_vec(&device, [1], vec![up]); // [1]
+        self.known[i] = up.f64();
     }
 }

@@ -5,8 +5,8 @@
 //! What the polynomials do to a singular value, and which steps share a Gram matrix, is in quintic.rs.
 //! Letters: M [p, q] input, X iterate, G Gram matrix of X over its shorter side r, P polynomial in G, U·Σ·Vᵀ the SVD of M.
 
+use super::Orthogonaliser;
 use super::quintic::{bounds, groups, odd_quintic};
-use super::{Orthogonaliser, spectral::units};
 use crate::tensor::{Accum, Backend, Element, Mat, Tensor, items_per_task, same_shape};
 use rayon::prelude::*;
 
@@ -108,7 +108,7 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
     };
     let identity = Tensor::from_fn(device, [r, r], |i| B::Elem::of(f64::from(i % (r + 1) == 0))); // [r, r]
 
-    let mut xs: Vec<_> = units(batch.iter().copied()).into_iter().map(|(x, _)| x).collect(); // [p, q] each
+    let mut xs = B::normalised(&batch.iter().map(|&m| (m, m)).collect::<Vec<_>>()); // [p, q] each
     let mut next = scratch([p, q]); // [p, q] each
     let [mut gs, mut qs, mut ps, mut spare] = [(); 4].map(|()| scratch([r, r])); // [r, r] each
     for group in groups {

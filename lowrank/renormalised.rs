@@ -6,7 +6,6 @@
 
 use super::momentum::{factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State};
-use super::spectral::units;
 use super::{FactorPair, power_iteration, start_vector, update_radius};
 use crate::tensor::{Backend, Tensor};
 
@@ -51,7 +50,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Renormalised<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], _t: u64) {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
         // ‖M‖_F = 1 first, so that a tiny M does not underflow in the iteration
-        let directions: Vec<_> = units(&directions).into_iter().map(|(m, _)| m).collect(); // [rows, r] each
+        let directions = B::normalised(&directions.iter().zip(&directions).collect::<Vec<_>>()); // [rows, r] each
         let norms =
             power_iteration(&directions.iter().collect::<Vec<_>>(), &mut self.u_momentum, self.power_steps);
         let sigma = power_iteration(&factors(pairs), &mut self.u, self.power_steps);

@@ -2,7 +2,7 @@
 //!
 //! An estimate from below, always; bounds from above, with proof, are in certificate.rs. Letters: W [p, q]; u [p, 1], v [q, 1] unit vectors; σ the largest singular value.
 
-use crate::tensor::{Backend, Element, Mat, Tensor, items_per_task, product_shape, products, scale_all};
+use crate::tensor::{Backend, Element, Mat, Tensor, items_per_task, product_shape, products};
 use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
@@ -21,13 +21,11 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
         let norms = |xs: &[Tensor<B>]| B::norms(&xs.iter().collect::<Vec<_>>());
         let back = |us: &[Tensor<B>]| products(ws.iter().zip(us).map(|(w, u)| (w.t(), u.into()))); // [q, 1] each
         for _ in 0..steps {
-            let vs = units(&back(us)); // [q, 1] each
-            let next = products(ws.iter().zip(&vs).map(|(&w, (v, _))| (Mat::from(w), v.into()))); // [p, 1] each
-            for (u, (next, norm)) in us.iter_mut().zip(units(&next)) {
-                if norm != 0.0 {
-                    *u = next;
-                }
-            }
+            let vs = back(us); // [q, 1] each
+            let vs = B::normalised(&vs.iter().zip(&vs).collect::<Vec<_>>()); // [q, 1] each
+            let next = products(ws.iter().zip(&vs).map(|(&w, v)| (Mat::from(w), v.into()))); // [p, 1] each
+            let next = B::normalised(&next.iter().zip(&*us).collect::<Vec<_>>()); // [p, 1] each
+            us.clone_from_slice(&next);
         }
         let lengths = if steps > 0 { vec![1.0; us.len()] } else { norms(us) };
         norms(&back(us)).iter().zip(lengths).map(|(v, u)| v / u).collect()
@@ -46,26 +44,6 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
 pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
     let (p, _) = w.shape().matrix("spectral_norm_estimate");
     power_iteration(&[w], &mut [start_vector(w.device(), p)], steps)[0]
-}
-
-/// x/‖x‖ (x itself if it is zero) and ‖x‖ of each x. In two factors where 1/‖x‖ is not a normal number of the element type.
-pub(super) fn units<'a, B: Backend>(xs: impl IntoIterator<Item = &'a Tensor<B>>) -> Vec<(Tensor<B>, f64)> {
-    let xs: Vec<&Tensor<B>> = xs.into_iter().collect();
-    let norms = B::norms(&xs);
-    let ordinary = |norm: f64| (1e-30..1e30).contains(&norm);
-    let scaled = xs.iter().zip(&norms).filter(|&(_, &norm)| ordinary(norm)).map(|(&x, norm)| (1.0 / norm, x));
-    let mut scaled = scale_all(&scaled.collect::<Vec<_>>()).into_iter(); // like each x
-    let one = |(x, norm): (&Tensor<B>, f64)| {
-        if norm == 0.0 {
-            return (x.clone(), 0.0); // like x
-        }
-        if ordinary(norm) {
-            return (scaled.next().expect("one for each ordinary norm"), norm); // like x
-        }
-        let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
-        (nearer.scale(1.0 / nearer.norm()), norm) // like x
-    };
-    xs.into_iter().zip(norms).map(one).collect()
 }
 
 /// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not

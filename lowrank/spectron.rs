@@ -108,12 +108,13 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             moved = balance_all(pairs, [&mut self.momentum, &mut grads], limit);
         }
         let directions = momentum(factors_mut(&mut self.momentum), factors(&grads), beta, nesterov);
-        let orthogonal =
-            each_shape(&directions.iter().collect::<Vec<_>>(), |batch| orthogonaliser.apply(batch));
+        // σ first: a device is waited for here alone, before its longest work
         let sigma = match &mut self.certified {
             Some(certified) => certified.upper_bounds(pairs, t, balance),
             None => power_iteration(&factors(pairs), &mut self.u, power_steps),
         };
+        let orthogonal =
+            each_shape(&directions.iter().collect::<Vec<_>>(), |batch| orthogonaliser.apply(batch));
         for (i, report) in self.reports.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
             let (rho, shrink) = match &self.certified {
@@ -139,7 +140,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
     fn state(&mut self) -> State<'_, B> {
         let mut state = named("momentum", factors_mut(&mut self.momentum));
         state.extend(named("u", &mut self.u));
-        state.extend(named("bound", self.certified.iter_mut().flat_map(|c| &mut c.bounds)));
+        state.extend(named("bound", self.certified.iter_mut().flat_map(Certified::state)));
         state
     }
 

@@ -54,6 +54,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn sum(x: &Tensor<Self>) -> f64;
     /// √Σx² of each tensor, scaled so that it neither overflows nor underflows. A device is waited for once, however many there are.
     fn norms(xs: &[&Tensor<Self>]) -> Vec<f64>;
+    /// x/‖x‖ of each (x, other), and `other`, a tensor of its shape, where x is zero; neither overflows nor underflows on the way, and
+    /// no device is waited for.
+    fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>>;
 
     /// `y = f(x)` per element.
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self>;

@@ -284,3 +284,21 @@ KERNEL(sum_parts)(const Whole* all, const double* parts, double* sums, u32 most)
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
+
+// y = x/√square, or `other` where that is 0. Grid: tensors, parts. 1/‖x‖ may be no normal f32: in two factors then, the first being 1e±30.
+struct Direction {
+    T* y;
+    const T *x, *other;
+    u64 n;
+};
+
+KERNEL(normalised)(const Direction* all, const double* squares) {
+    const Direction t = all[blockIdx.x];
+    const double norm = sqrt(squares[blockIdx.x]);
+    const float first = norm < 1e-30 ? 1e30f : norm > 1e30 ? 1e-30f : 1.0f, second = 1.0 / (norm * first);
+    if (norm == 0.0) {
+        each(thread_of_term(), t.n, [](float x, auto& y) { y = x; }, t.other, t.y);
+    } else {
+        each(thread_of_term(), t.n, [=](float x, auto& y) { y = x * first * second; }, t.x, t.y);
+    }
+}

@@ -183,6 +183,19 @@ impl<T: Scalar> Backend for Cpu<T> {
         xs.iter().map(|x| norm(&x.buffer()[..x.len()])).collect()
     }
 
+    fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>> {
+        let one = |&(x, other): &(&Tensor<Self>, &Tensor<Self>)| match x.norm() {
+            0.0 => other.clone(),                                         // like x
+            norm if (1e-30..1e30).contains(&norm) => x.scale(1.0 / norm), // like x
+            norm => {
+                // 1/‖x‖ may be no normal number of the element type: in two factors
+                let nearer = x.scale(if norm < 1.0 { 1e30 } else { 1e-30 }); // like x
+                nearer.scale(1.0 / nearer.norm()) // like x
+            }
+        };
+        xs.iter().map(one).collect()
+    }
+
     fn unary(f: Unary, x: &Tensor<Self>) -> Tensor<Self> {
         // a closure for each function, so that the choice is made once and the loop vectorises
         macro_rules! each {
