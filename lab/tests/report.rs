@@ -187,6 +187,21 @@ fn a_page_of_a_study_shows_tables_and_the_best_rates() {
     assert!(document.contains("<h1>Rates &amp; &lt;i&gt;arms&lt;/i&gt;</h1>"));
 }
 
+/// The pictures in docs/ are those of its tables.
+#[test]
+fn the_pictures_of_the_results_are_of_their_tables() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
+    for (table, drawn, shown) in
+        [("methods-flops", "size", "flops"), ("stability", "learning-rate", "stability")]
+    {
+        let desk = Desk::new();
+        desk.page(&[&format!("{docs}/studies/{table}.csv"), "--svg", "pictures"], "report.html");
+        let drawn = std::fs::read_to_string(desk.path(&format!("pictures/{drawn}.svg"))).unwrap();
+        let shown = std::fs::read_to_string(format!("{docs}/{shown}.svg")).unwrap();
+        assert!(drawn == shown, "docs/{shown}.svg: draw it again (docs/results.md has the command)");
+    }
+}
+
 /// Also what stands in docs/studies, which has no runs beside it.
 #[test]
 fn a_studys_table_alone_shows_rates_and_sizes() {
