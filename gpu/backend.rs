@@ -99,11 +99,20 @@ impl<T: OnGpu> Cuda<T> {
             let [alpha, beta] = [alpha, beta].map(|x| u64::from((x as f32).to_bits()));
             [address(y), checked::<X>(x.buffer(), x.len()).address(), alpha | beta << 32, x.len() as u64]
         };
-        let table: Vec<[u64; 4]> = terms.into_iter().map(row).collect();
-        let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
-        let grid = Self::grid_of_terms(table.len(), most);
         // SAFETY: the caller's promise, and each row has the fields of a Term
-        unsafe { self.launch(kernel, grid, THREADS, args![&self.stage(table.as_flattened())]) };
+        unsafe { self.each_row(kernel, terms.into_iter().map(row).collect(), &[]) };
+    }
+
+    /// A kernel that looks at the elements of some tensors for each row of a table, each element by itself; a row ends with their number.
+    ///
+    /// # Safety
+    /// The rows must be the structs that the kernel takes first, and `more` its other arguments.
+    unsafe fn each_row(&self, kernel: &'static str, table: Vec<[u64; 4]>, more: &[Arg]) {
+        let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
+        let grid = [table.len(), blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1];
+        let staged = self.stage(table.as_flattened());
+        // SAFETY: the caller's promise
+        unsafe { self.launch(kernel, grid, THREADS, &[args![&staged], more].concat()) };
     }
 
     /// Elements of 16 bytes, which kernels load and store at once.
@@ -193,11 +202,6 @@ impl<T: OnGpu> Cuda<T> {
     /// The same on the host.
     fn fetched_totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
         Self::totals(kernel, xs).map_or(vec![], |sums| xs[0].device().fetch(&sums))
-    }
-
-    /// The grid of a kernel that looks at the elements of each of `terms` tensors, each by itself; `most` elements of the largest.
-    fn grid_of_terms(terms: usize, most: usize) -> [usize; 3] {
-        [terms, blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1]
     }
 }
 
@@ -417,13 +421,9 @@ impl<T: OnGpu> Backend for Cuda<T> {
             let [x_at, other] = [x, other].map(|x| checked::<T>(x.buffer(), x.len()).address());
             [address(y), x_at, other, x.len() as u64]
         };
-        let table: Vec<[u64; 4]> = xs.iter().zip(&mut ys).map(row).collect();
-        let most = xs.iter().map(|(x, _)| x.len()).max().expect("there is one");
-        let grid = Self::grid_of_terms(xs.len(), most);
+        let table = xs.iter().zip(&mut ys).map(row).collect();
         // SAFETY: (all, squares), each row with the fields of a Direction
-        unsafe {
-            device.launch("normalised", grid, THREADS, args![&device.stage(table.as_flattened()), &squares])
-        };
+        unsafe { device.each_row("normalised", table, args![&squares]) };
         ys
     }
 

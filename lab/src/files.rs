@@ -34,6 +34,15 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Writes a value as JSON for people to read, like [`write_atomically`].
+///
+/// # Errors
+/// As there.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(value).expect("plain values") + "\n";
+    write_atomically(path, json.as_bytes())
+}
+
 /// Keeps other processes of this program from writing to a directory, for as long as what is returned lives, and no longer than this
 /// process. Readers are not kept out. `what` is the trouble and the way out, for the message.
 ///

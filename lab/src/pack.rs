@@ -29,7 +29,7 @@ use crate::cli::PackArgs;
 use crate::data::files_of;
 use crate::error::{Error, Result, cannot};
 use crate::export::must_be_new;
-use crate::files::{claim, write_atomically};
+use crate::files::{claim, write_atomically, write_json};
 use crate::progress::{Progress, catch_interrupts, interrupted};
 use crate::shards::{Format, Writer, ids, put};
 use crate::tokens::{END, Tokenizer};
@@ -328,8 +328,7 @@ fn both_passes(job: &Job, work: &Path, width: usize) -> Result<Option<Pack>> {
     }
     let whole = work.join("whole");
     let Some(pack) = write(job, work, &whole, width, &state)? else { return Ok(None) };
-    let json = serde_json::to_string_pretty(&pack).expect("plain values") + "\n";
-    write_atomically(&whole.join("pack.json"), json.as_bytes())?;
+    write_json(&whole.join("pack.json"), &pack)?;
     if let Some(tokenizer) = job.encoder.json {
         write_atomically(&whole.join("tokenizer.json"), tokenizer.as_bytes())?;
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Method, name};
 use crate::error::{Error, Result, cannot};
-use crate::files::{Claim, claim, write_atomically};
+use crate::files::{Claim, claim, write_atomically, write_json};
 use crate::tensorboard::{self, Events};
 
 /// One line of metrics.jsonl. Losses are in nats per token; a loss that is not finite is written as null.
@@ -299,8 +299,7 @@ impl Run {
             let scalars = [("final/validation_loss".to_owned(), Some(summary.val_loss)), bits];
             events.scalars(summary.steps as u64, &scalars)?;
         }
-        let json = serde_json::to_string_pretty(summary).expect("plain values") + "\n";
-        write_atomically(&self.directory.join("final.json"), json.as_bytes())
+        write_json(&self.directory.join("final.json"), summary)
     }
 
     /// Writes diverged.json.
@@ -308,8 +307,7 @@ impl Run {
     /// # Errors
     /// A full disk and the like.
     pub fn diverged(&self, diverged: &Diverged) -> Result<()> {
-        let json = serde_json::to_string_pretty(diverged).expect("plain values") + "\n";
-        write_atomically(&Diverged::path(&self.directory), json.as_bytes())
+        write_json(&Diverged::path(&self.directory), diverged)
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::config::{Config, name};
 use crate::error::Result;
-use crate::files::write_atomically;
+use crate::files::{write_atomically, write_json};
 use crate::flops::{parameters, step_flops};
 use crate::study::execute::Outcomes;
 use crate::study::long;
@@ -58,9 +58,8 @@ pub fn write(directory: &Path, plan: &Plan, frequencies: f64, outcomes: &Outcome
     tables.push(rates(&title, arms, outcomes));
     let notes: String = plan.notes.iter().map(|note| format!("- {note}\n")).collect();
     let markdown: String = tables.iter().map(Table::to_markdown).collect::<String>() + &notes;
-    let json = serde_json::to_string_pretty(&tables).expect("plain values") + "\n";
     write_atomically(&directory.join("results.csv"), csv(arms, outcomes).as_bytes())?;
-    write_atomically(&directory.join("tables.json"), json.as_bytes())?;
+    write_json(&directory.join("tables.json"), &tables)?;
     write_atomically(&directory.join("table.md"), markdown.as_bytes())?;
     Ok(markdown)
 }
