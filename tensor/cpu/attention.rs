@@ -2,18 +2,25 @@
 //! computed above the diagonal's block. Only the log-sum-exp of each query is kept; the backward recomputes probabilities
 //! from it (Dao et al. 2022, arXiv 2205.14135, section 3).
 //!
+//! A block's scores stand transposed, a row for each key: so K and V are read where they are instead of being copied for each block, and
+//! maxima and sums over keys are taken for 32 queries at a time, element by element.
+//!
 //! Letters: tq, tk query and key lengths; h head size; S scores, P probabilities, O output, each for one block of one head.
-//! Parallel over (sequence, key/value head): the query heads of a group run in turn, so dK and dV are summed in a fixed order.
+//! Parallel over (sequence, key/value head): the query heads that share it run in turn, so dK and dV are summed in a fixed order.
 
-use super::rows::LANES;
 use super::{Accum, Attention, Buffer, Cpu, Product, Scalar, Tensor, gemv, rows, simd};
 use rayon::prelude::*;
 
 type Cpus<T> = Tensor<Cpu<T>>;
 
-/// Queries per block, among few keys and among many: enough rows for the matrix product, which copies K and V once per block, few enough to
-/// waste little above the diagonal.
-const BLOCKS: [usize; 2] = [32, 64];
+/// Queries whose scores of a key are handled at once.
+const GROUP: usize = 32;
+
+/// A number for each query of a group.
+type Group<T> = [T; GROUP];
+
+/// Groups per block, among few keys and among many: a larger block reads K and V less often, and wastes more above the diagonal.
+const GROUPS: [usize; 2] = [1, 2];
 
 /// Keys per chunk, and how many are many: the scores of a block and their gradient stay in the second-level cache.
 const CHUNK: usize = 512;
@@ -80,9 +87,10 @@ struct Sizes {
     tq: usize,
     tk: usize,
     h: usize,
-    group: usize,
-    /// Queries per block.
-    block: usize,
+    /// Query heads that share a key/value head.
+    sharing: usize,
+    /// Groups of queries per block.
+    groups: usize,
     scale: f64,
     how: Attention,
 }
@@ -99,35 +107,37 @@ impl Sizes {
             tq: q.rows() / how.batch,
             tk: k.rows() / how.batch,
             h,
-            group: how.heads / how.kv_heads,
-            block: BLOCKS[usize::from(k.rows() / how.batch >= CHUNK)],
+            sharing: how.heads / how.kv_heads,
+            groups: GROUPS[usize::from(k.rows() / how.batch >= CHUNK)],
             scale: 1.0 / (h as f64).sqrt(),
             how,
         }
     }
 
+    /// Queries per block.
+    fn block(&self) -> usize {
+        self.groups * GROUP
+    }
+
     /// (first query, queries, keys that the last of them sees) of each block.
     fn blocks(&self) -> impl DoubleEndedIterator<Item = (usize, usize, usize)> + '_ {
-        (0..self.tq.div_ceil(self.block)).map(|i| {
-            let start = i * self.block;
-            let rows = self.block.min(self.tq - start);
+        (0..self.tq.div_ceil(self.block())).map(|i| {
+            let start = i * self.block();
+            let rows = self.block().min(self.tq - start);
             (start, rows, self.keys_of(start + rows - 1))
         })
     }
 
-    /// A block's scores of one chunk.
+    /// A block's scores of one chunk: finite, also in the columns that a block of fewer queries leaves alone.
     fn scores<T: Scalar>(&self) -> Buffer<T> {
-        Buffer::scratch(self.block * CHUNK.min(self.tk)) // [block, chunk]
+        let mut scores = Buffer::scratch(CHUNK.min(self.tk) * self.block()); // [chunk, block]
+        scores.fill(T::zero());
+        scores
     }
 
     /// Number of keys that query `i` sees.
     fn keys_of(&self, i: usize) -> usize {
         if self.how.causal { i + 1 + self.tk - self.tq } else { self.tk }
-    }
-
-    /// How many of `keys` keys from key `first` on query `i` sees.
-    fn seen(&self, i: usize, first: usize, keys: usize) -> usize {
-        self.keys_of(i).saturating_sub(first).min(keys)
     }
 
     /// Runs `f(sequence, key/value head)` for all of them.
@@ -142,24 +152,89 @@ fn chunks(keys: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..keys).step_by(CHUNK).map(move |first| (first, CHUNK.min(keys - first)))
 }
 
-/// The first `seen` elements of a row of scores and as many more as complete the last vector, so that no loop over them is left
-/// with a rest; the others become copies of the first.
-#[inline(always)]
-fn whole_lanes<T: Scalar>(seen: usize, row: &mut [T]) -> usize {
-    let whole = seen.next_multiple_of(LANES).min(row.len());
-    let first = row[0];
-    row[seen..whole].fill(first);
-    whole
+/// Which scores of a block: of a group's queries, from `start` on, and `keys` keys from key `first` on.
+struct Part {
+    group: usize,
+    start: usize,
+    first: usize,
+    keys: usize,
 }
 
-/// x ← f(x) for each, by vectors.
-#[inline(always)]
-fn in_lanes<T: Scalar>(x: &mut [T], f: impl Fn(T) -> T) {
-    let (lanes, rest) = x.as_chunks_mut::<LANES>();
-    for x in lanes {
-        x.iter_mut().for_each(|x| *x = f(*x));
+impl Part {
+    /// Their rows, one for each key.
+    #[inline(always)]
+    fn rows<'a, T>(
+        &self,
+        scores: &'a mut [T],
+        z: &Sizes,
+    ) -> impl Iterator<Item = &'a mut Group<T>> + use<'a, T> {
+        scores.as_chunks_mut().0.iter_mut().skip(self.group).step_by(z.groups).take(self.keys)
     }
-    rest.iter_mut().for_each(|x| *x = f(*x));
+
+    /// How many of the queries, the first ones, do not see key `t` of these.
+    #[inline(always)]
+    fn hidden(&self, z: &Sizes, t: usize) -> usize {
+        if !z.how.causal {
+            return 0;
+        }
+        (self.first + t + z.tq).saturating_sub(z.tk + self.start).min(GROUP)
+    }
+
+    /// How many of the keys all queries see.
+    #[inline(always)]
+    fn seen_by_all(&self, z: &Sizes) -> usize {
+        z.keys_of(self.start).saturating_sub(self.first).min(self.keys)
+    }
+}
+
+/// The largest score of each query of a group so far, and Σ e^(scale·(score − it)).
+#[derive(Clone, Copy)]
+struct Running<T> {
+    top: Group<T>,
+    total: Group<T>,
+}
+
+impl<T: Scalar> Running<T> {
+    fn new() -> Self {
+        Self { top: [T::neg_infinity(); GROUP], total: [T::zero(); GROUP] }
+    }
+
+    /// S → P, not yet divided by its sum. Returns what P of the keys before has to be multiplied with.
+    #[inline(always)]
+    fn softmax(&mut self, s: &mut [T], z: &Sizes, part: &Part) -> Group<T> {
+        let (before, scale, seen_by_all) = (self.top, T::of(z.scale), part.seen_by_all(z));
+        // what is hidden becomes a score that is finite and there anyway, so that it changes no maximum: e^−∞ would take its time
+        let first = part.rows(s, z).next().map_or(before, |row| *row);
+        let stand_in = if part.first == 0 { first } else { before };
+        for (t, row) in part.rows(s, z).enumerate().skip(seen_by_all) {
+            let hidden = part.hidden(z, t);
+            row[..hidden].copy_from_slice(&stand_in[..hidden]);
+        }
+        let mut top = before;
+        for row in part.rows(s, z) {
+            for (top, &s) in top.iter_mut().zip(row.iter()) {
+                *top = if s > *top { s } else { *top };
+            }
+        }
+        let (mut shrink, mut total) = (before, self.total);
+        for ((shrink, total), &top) in shrink.iter_mut().zip(&mut total).zip(&top) {
+            *shrink = ((*shrink - top) * scale).fast_exp();
+            *total *= *shrink;
+        }
+        for (t, row) in part.rows(s, z).enumerate() {
+            for (s, &top) in row.iter_mut().zip(&top) {
+                *s = ((*s - top) * scale).fast_exp();
+            }
+            if t >= seen_by_all {
+                row[..part.hidden(z, t)].fill(T::zero());
+            }
+            for (total, &p) in total.iter_mut().zip(row.iter()) {
+                *total += p;
+            }
+        }
+        *self = Self { top, total };
+        shrink
+    }
 }
 
 /// x ← softmax(scale·x); returns the log-sum-exp.
@@ -183,7 +258,7 @@ fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> (Cp
     let (qs, ks, vs) = (whole(q, q), whole(k, k), whole(v, k));
     let tasks = rayon::current_num_threads().div_ceil(batch).min(kv_heads); // of a sequence
     let kv_each = kv_heads.div_ceil(tasks);
-    let each = kv_each * z.group;
+    let each = kv_each * z.sharing;
     let outputs = o.buffer_mut().par_chunks_mut(heads * h).zip(lse.buffer_mut().par_chunks_mut(heads));
     outputs.zip(qs.par_chunks(heads * h)).enumerate().for_each(|(sequence, ((o, lse), q))| {
         let parts = o.par_chunks_mut(each * h).zip(lse.par_chunks_mut(each)).zip(q.par_chunks(each * h));
@@ -202,8 +277,8 @@ fn one_query<T: Scalar>(q: &Cpus<T>, k: &Cpus<T>, v: &Cpus<T>, z: &Sizes) -> (Cp
 /// for all heads together: they come from memory, where a head by itself is a few lines here and there.
 #[inline(always)]
 fn one_query_of<T: Scalar>(z: &Sizes, stride: usize, [q, k, v]: [&[T]; 3], o: &mut [T], lse: &mut [T]) {
-    let Sizes { h, group, tk, scale, .. } = *z;
-    let head = |t: usize, j: usize| t * stride + j / group * h..t * stride + (j / group + 1) * h;
+    let Sizes { h, sharing, tk, scale, .. } = *z;
+    let head = |t: usize, j: usize| t * stride + j / sharing * h..t * stride + (j / sharing + 1) * h;
     let mut p = Buffer::scratch(lse.len() * tk); // S, then P [heads, tk]
     for t in 0..tk / 4 {
         let at = gemv::quarters(t, tk);
@@ -244,7 +319,7 @@ pub(super) fn attention<T: Scalar>(
     if z.tq == 1 {
         return one_query(q, k, v, &z);
     }
-    let (h, scale) = (z.h, T::of(z.scale));
+    let h = z.h;
     let mut o = Tensor::scratch(q.device(), q.shape()); // [batch·tq, heads·h]
     let mut lse = Tensor::scratch(q.device(), [how.batch, how.heads, z.tq]); // [batch, heads, tq]
     let qs = Head::of(whole(q, q), q.cols());
@@ -253,56 +328,52 @@ pub(super) fn attention<T: Scalar>(
     let lses = Head::of_mut(lse.buffer_mut(), z.tq);
     z.for_each(|b, kv| {
         let (k, v) = (ks.at(b * z.tk, kv * h), vs.at(b * z.tk, kv * h));
-        let mut scores = z.scores(); // [block, chunk]
-        for j in kv * z.group..(kv + 1) * z.group {
+        let mut scores = z.scores(); // [chunk, block]
+        for j in kv * z.sharing..(kv + 1) * z.sharing {
             for (start, rows, keys) in z.blocks() {
                 let (q, o) = (qs.at(b * z.tq + start, j * h), os.at(b * z.tq + start, j * h));
                 // SAFETY: this task alone writes this head's log-sum-exps
                 let lse =
                     unsafe { std::slice::from_raw_parts_mut(lses.at(b * how.heads + j, start).first, rows) };
-                // the largest score of each query so far, and Σ e^(scale·(score − it))
-                let (tops, totals) = (&mut [T::zero(); BLOCKS[1]], &mut [T::zero(); BLOCKS[1]]);
+                let mut running = [Running::new(); GROUPS[1]];
                 // SAFETY: this task alone writes this head of O, and not while a row of it is borrowed
                 let o_row = |i: usize| unsafe { std::slice::from_raw_parts_mut(o.at(i, 0).first, h) };
                 for (first, keys) in chunks(keys) {
                     let (k, v) = (k.at(first, 0), v.at(first, 0));
-                    let s = Head::of_mut(&mut scores, keys);
-                    // S = Q·Kᵀ
+                    let s = Head::of_mut(&mut scores, z.block());
+                    // Sᵀ = K·Qᵀ
                     // SAFETY: the block's queries, the chunk of visible keys and the scratch all hold these sizes
-                    unsafe { product([rows, h, keys], (q, false), (k, true), Accum::Replace, s) };
+                    unsafe { product([keys, h, rows], (k, false), (q, true), Accum::Replace, s) };
                     simd(
                         #[inline(always)]
                         || {
-                            for (i, row) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
-                                let seen = z.seen(start + i, first, keys);
-                                let whole = whole_lanes(seen, row);
-                                let (top, total) = (&mut tops[i], &mut totals[i]);
-                                let before = std::mem::replace(top, rows::max(&row[..whole]));
+                            for (group, running) in running[..rows.div_ceil(GROUP)].iter_mut().enumerate() {
+                                let part = Part { group, start: start + group * GROUP, first, keys };
+                                let shrink = running.softmax(&mut scores, &z, &part);
                                 if first > 0 {
-                                    *top = top.max(before);
-                                    let shrink = ((before - *top) * scale).fast_exp();
-                                    *total *= shrink;
-                                    o_row(i).iter_mut().for_each(|o| *o *= shrink);
+                                    let queries = group * GROUP..rows.min((group + 1) * GROUP);
+                                    for (i, shrink) in queries.zip(shrink) {
+                                        o_row(i).iter_mut().for_each(|o| *o *= shrink);
+                                    }
                                 }
-                                // P, not yet divided by its sum
-                                in_lanes(&mut row[..whole], |s| ((s - *top) * scale).fast_exp());
-                                row[seen..].fill(T::zero());
-                                *total += rows::sum(&row[..whole], |p| p);
                             }
                         },
                     );
-                    let p = Head::of(&scores, keys); // P [rows, keys]
+                    let p = Head::of(&scores, z.block()); // Pᵀ [keys, block]
                     let accum = if first == 0 { Accum::Replace } else { Accum::Add };
                     // O = Σ P·V over the chunks
                     // SAFETY: as above; this task alone writes this head of O
-                    unsafe { product([rows, keys, h], (p, false), (v, false), accum, o) };
+                    unsafe { product([rows, keys, h], (p, true), (v, false), accum, o) };
                 }
                 simd(
                     #[inline(always)]
                     || {
                         for (i, lse) in lse.iter_mut().enumerate() {
-                            o_row(i).iter_mut().for_each(|o| *o /= totals[i]);
-                            *lse = tops[i] * scale + totals[i].ln();
+                            let Running { top, total } = &running[i / GROUP];
+                            let (top, total) = (top[i % GROUP], total[i % GROUP]);
+                            let share = T::one() / total;
+                            o_row(i).iter_mut().for_each(|o| *o *= share);
+                            *lse = top * T::of(z.scale) + total.ln();
                         }
                     },
                 );
@@ -334,48 +405,62 @@ pub(super) fn attention_grad<T: Scalar>(
     z.for_each(|b, kv| {
         let (k, v) = (ks.at(b * z.tk, kv * h), vs.at(b * z.tk, kv * h));
         let (dk, dv) = (dks.at(b * z.tk, kv * h), dvs.at(b * z.tk, kv * h));
-        let (mut probs, mut dprobs) = (z.scores(), z.scores()); // [block, chunk] each
+        let (mut probs, mut dprobs) = (z.scores(), z.scores()); // [chunk, block] each
         // the last block sees every key, so it comes first and replaces what dK and dV held; the others add
         let mut accum = Accum::Replace;
-        for j in kv * z.group..(kv + 1) * z.group {
+        for j in kv * z.sharing..(kv + 1) * z.sharing {
             for (start, rows, keys) in z.blocks().rev() {
                 let row0 = b * z.tq + start;
                 let (q, do_) = (qs.at(row0, j * h), dos.at(row0, j * h));
                 let dq = dqs.at(row0, j * h);
+                let [mut lses, mut pulls] = [[[T::zero(); GROUP]; GROUPS[1]]; 2]; // of each query, group by group
+                simd(
+                    #[inline(always)]
+                    || {
+                        let lse = &lse[(b * how.heads + j) * z.tq + start..][..rows];
+                        lses.as_flattened_mut()[..rows].copy_from_slice(lse);
+                        for (i, pull) in pulls.as_flattened_mut()[..rows].iter_mut().enumerate() {
+                            let at = (row0 + i) * how.heads * h + j * h;
+                            *pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
+                        }
+                    },
+                );
                 for (first, keys) in chunks(keys) {
                     let (k, v, dk, dv) = (k.at(first, 0), v.at(first, 0), dk.at(first, 0), dv.at(first, 0));
-                    let (p, dp) = (Head::of_mut(&mut probs, keys), Head::of_mut(&mut dprobs, keys));
+                    let (p, dp) = (Head::of_mut(&mut probs, z.block()), Head::of_mut(&mut dprobs, z.block()));
                     // SAFETY: the block's queries, the chunk of visible keys and the scratch all hold these sizes
                     unsafe {
-                        product([rows, h, keys], (q, false), (k, true), Accum::Replace, p); // S [rows, keys]
-                        product([rows, h, keys], (do_, false), (v, true), Accum::Replace, dp); // dP [rows, keys]
+                        product([keys, h, rows], (k, false), (q, true), Accum::Replace, p); // Sᵀ [keys, rows]
+                        product([keys, h, rows], (v, false), (do_, true), Accum::Replace, dp); // dPᵀ [keys, rows]
                     }
                     simd(
                         #[inline(always)]
                         || {
-                            let pairs = probs.chunks_exact_mut(keys).zip(dprobs.chunks_exact_mut(keys));
-                            for (i, (p, dp)) in pairs.take(rows).enumerate() {
-                                let at = (row0 + i) * how.heads * h + j * h;
-                                let pull = rows::sum2(&o[at..][..h], &dout[at..][..h], |o, d| o * d);
-                                let lse = lse[(b * how.heads + j) * z.tq + start + i];
-                                let seen = z.seen(start + i, first, keys);
-                                let whole = whole_lanes(seen, p);
-                                in_lanes(&mut p[..whole], |p| (p * scale - lse).fast_exp());
-                                for (&p, dp) in p[..whole].iter().zip(&mut dp[..whole]) {
-                                    *dp = p * (*dp - pull) * scale;
+                            for group in 0..rows.div_ceil(GROUP) {
+                                let part = Part { group, start: start + group * GROUP, first, keys };
+                                let (lse, pull, seen) = (lses[group], pulls[group], part.seen_by_all(&z));
+                                let dp = part.rows(&mut dprobs, &z);
+                                for (t, (p, dp)) in part.rows(&mut probs, &z).zip(dp).enumerate() {
+                                    for i in 0..GROUP {
+                                        p[i] = (p[i] * scale - lse[i]).fast_exp();
+                                        dp[i] = p[i] * (dp[i] - pull[i]) * scale;
+                                    }
+                                    if t >= seen {
+                                        let hidden = part.hidden(&z, t);
+                                        p[..hidden].fill(T::zero());
+                                        dp[..hidden].fill(T::zero());
+                                    }
                                 }
-                                p[seen..].fill(T::zero());
-                                dp[seen..].fill(T::zero());
                             }
                         },
                     );
-                    let (p, dp) = (Head::of(&probs, keys), Head::of(&dprobs, keys)); // P, dS [rows, keys]
+                    let (p, dp) = (Head::of(&probs, z.block()), Head::of(&dprobs, z.block())); // Pᵀ, dSᵀ [keys, rows]
                     let dq_accum = if first == 0 { Accum::Replace } else { Accum::Add };
                     // SAFETY: as above; this task alone writes this head of dQ, dK and dV
                     unsafe {
-                        product([rows, keys, h], (dp, false), (k, false), dq_accum, dq);
-                        product([keys, rows, h], (dp, true), (q, false), accum, dk);
-                        product([keys, rows, h], (p, true), (do_, false), accum, dv);
+                        product([rows, keys, h], (dp, true), (k, false), dq_accum, dq);
+                        product([keys, rows, h], (dp, false), (q, false), accum, dk);
+                        product([keys, rows, h], (p, false), (do_, false), accum, dv);
                     }
                 }
                 accum = Accum::Add;

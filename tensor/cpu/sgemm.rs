@@ -108,8 +108,9 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
     let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
     // a transposed A that few panels read is not worth a copy
     let copy_a = a_col != 1 && n > 2 * width;
-    // a B as wide as a panel is one already
-    let copy_b = !(n == width && b_col == 1 && b_row == width as isize);
+    // nor is a B that few tiles read, or that is a panel already
+    let few = m <= 4 * H || (n == width && b_row == width as isize);
+    let copy_b = !(few && b_col == 1 && n.is_multiple_of(width));
     let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
     // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, PANELS)
     unsafe {
@@ -118,13 +119,14 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
             for p0 in (0..k.max(1)).step_by(k_step) {
                 let kc = k_step.min(k - p0);
                 let accum = if p0 > 0 { Accum::Add } else { accum };
-                let mut panels = b.offset(p0 as isize * b_row);
+                let b = b.offset(p0 as isize * b_row + j0 as isize * b_col);
+                let mut panels = Panels { first: b, row: b_row, next: width, wanted: nc, cols: nc };
                 if copy_b {
                     for j in (0..nc).step_by(width) {
-                        let from = panels.offset((j0 + j) as isize * b_col);
+                        let from = b.offset(j as isize * b_col);
                         pack_b::<S>(kc, width.min(nc - j), from, b_row, b_col, b_packed.add(j * kc));
                     }
-                    panels = b_packed;
+                    panels = Panels { first: b_packed, row: width as isize, next: width * kc, ..panels };
                 }
                 for i0 in (0..m).step_by(MC) {
                     let mc = MC.min(m - i0);
@@ -141,8 +143,7 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                             (block.0.offset(i as isize * a_row), a_row, a_col)
                         };
                         let c = (c.offset((i0 + i) as isize * c_row + j0 as isize), c_row);
-                        let wanted = lower.map_or(nc, |row| nc.min((row + i0 + i + h).saturating_sub(j0)));
-                        let panels = (panels, wanted, nc);
+                        panels.wanted = lower.map_or(nc, |row| nc.min((row + i0 + i + h).saturating_sub(j0)));
                         match h {
                             8 => strip::<S, 8>(simd, kc, rows, panels, accum, c),
                             4 => strip::<S, 4>(simd, kc, rows, panels, accum, c),
@@ -256,7 +257,19 @@ unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, is
     }
 }
 
-/// `H` rows of C, tile by tile: those that begin in the first `wanted` of the `cols` columns that the panels have.
+/// Panels of a block of B, copied or in place.
+#[derive(Clone, Copy)]
+struct Panels {
+    first: *const f32,
+    /// From one row of a panel to the next, and from one panel to the next.
+    row: isize,
+    next: usize,
+    /// Columns of the block, and those of them in which the tiles begin that are asked for.
+    cols: usize,
+    wanted: usize,
+}
+
+/// `H` rows of C, tile by tile.
 ///
 /// # Safety
 /// As [`tile`], for every panel.
@@ -265,16 +278,16 @@ unsafe fn strip<S: Simd, const H: usize>(
     simd: S,
     kc: usize,
     a: (*const f32, isize, isize),
-    (panels, wanted, cols): (*const f32, usize, usize),
+    panels: Panels,
     accum: Accum,
     (c, c_row): (*mut f32, isize),
 ) {
     let width = VECTORS * S::F32_LANES;
-    for j in (0..wanted).step_by(width) {
+    for j in (0..panels.wanted).step_by(width) {
         // SAFETY: the caller's promise
         unsafe {
-            let (panel, c) = (panels.add(j * kc), (c.add(j), c_row));
-            tile::<S, H>(simd, kc, a, panel, accum, c, width.min(cols - j));
+            let (panel, c) = (panels.first.add(j / width * panels.next), (c.add(j), c_row));
+            tile::<S, H>(simd, kc, a, (panel, panels.row), accum, c, width.min(panels.cols - j));
         }
     }
 }
@@ -288,7 +301,7 @@ unsafe fn tile<S: Simd, const H: usize>(
     simd: S,
     kc: usize,
     (a, a_row, a_col): (*const f32, isize, isize),
-    panel: *const f32,
+    (panel, b_row): (*const f32, isize),
     accum: Accum,
     (c, c_row): (*mut f32, isize),
     cols: usize,
@@ -308,7 +321,7 @@ unsafe fn tile<S: Simd, const H: usize>(
         let whole = kc - kc % 4;
         for p in (0..whole).step_by(4) {
             for p in p..p + 4 {
-                let b = panel.add(p * width);
+                let b = panel.offset(p as isize * b_row);
                 if a_col == 1 {
                     add_product(simd, a.add(p), a_row, b, &mut sums);
                 } else {
@@ -317,7 +330,13 @@ unsafe fn tile<S: Simd, const H: usize>(
             }
         }
         for p in whole..kc {
-            add_product(simd, a.offset(p as isize * a_col), a_row, panel.add(p * width), &mut sums);
+            add_product(
+                simd,
+                a.offset(p as isize * a_col),
+                a_row,
+                panel.offset(p as isize * b_row),
+                &mut sums,
+            );
         }
         if cols == width {
             for (i, sums) in sums.into_iter().enumerate() {
@@ -394,7 +413,7 @@ mod tests {
         let mut case = 0;
         for m in [1, 5, 11, 12, 13, 121, 253] {
             for k in [0, 1, 7, 8, 257, 515] {
-                for n in [1, 15, 16, 32, 33, 70, 1030] {
+                for n in [1, 15, 16, 32, 33, 70, 96, 1030] {
                     case += 1;
                     if m * k * n > 2_000_000 && case % 8 != 0 {
                         continue;
