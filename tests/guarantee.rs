@@ -1,7 +1,7 @@
 //! The guarantee: certified Spectron never moves W by more than η(1 + 1e-5) in spectral norm. And what the paper's own step
 //! does instead.
 //!
-//! The oracle is the largest eigenvalue of ΔWᵀΔW, in f64 by nalgebra, ΔW being the exact change of W. `PROPTEST_CASES=10000` is the nightly size.
+//! The oracle is the largest eigenvalue of ΔWᵀΔW, in f64 by nalgebra, ΔW being the exact change of W. `.ci/nightly` draws 10,000 cases.
 //! Letters: W [m, n] = A·Bᵀ, r rank, σ singular values, M momentum, O orthogonalised momentum, η, ρ, λ as in spectron.rs.
 
 mod common;
@@ -351,6 +351,35 @@ fn certified_steps_go_nearly_as_far_as_they_may() {
                 }
                 assert!(after.change_since(before).spectral_norm() <= eta * ALLOWANCE);
             }
+        }
+    }
+}
+
+/// The worst case at the size of a layer, in f32: A and B share their right singular vectors and both grow along them, so that nothing
+/// in ΔW = ρ(O_A·Bᵀ + A·O_Bᵀ) + ρ²·O_A·O_Bᵀ cancels. With all σ of O equal to 1 the exact radius then uses η up.
+#[test]
+fn the_bound_is_used_up_where_factors_grow_along_themselves() {
+    let mut rng = rng(7);
+    let ([m, n, r], eta) = ([1024, 384, 96], 0.05);
+    let sigma: Vec<f64> = (0..r).map(|i| 2.0 * 0.97f64.powi(i as i32)).collect();
+    let mut along = |rows: usize, v: &DMatrix<f64>| {
+        orthonormal(&mut rng, rows, r) * DMatrix::from_diagonal(&sigma.clone().into()) * v.transpose()
+    };
+    let v = orthonormal(&mut common::rng(8), r, r);
+    let start = FactorPair::<Cpu<f32>>::new(tensor(&along(m, &v)), tensor(&along(n, &v)));
+    let exact = (Radius::Exact, Orthogonaliser::PolarFactor, 0.97);
+    let usual = Orthogonaliser::NewtonSchulz(NewtonSchulz::default());
+    for (radius, orthogonaliser, least) in [exact, (Radius::Exact, usual, 0.4), (Radius::Paper, usual, 0.4)] {
+        let settings = SpectronConfig { radius, orthogonaliser, certify: true, ..Default::default() };
+        let mut pairs = vec![start.clone()];
+        let mut spectron = Spectron::with(settings, &pairs);
+        for t in 1..=3 {
+            let before = pairs[0].clone();
+            let grads = [FactorPair::new(before.a.scale(-1.0), before.b.scale(-1.0))];
+            spectron.step(&mut pairs, &grads, &[eta], t);
+            let change = pairs[0].change_since(&before); // rank 2r
+            let moved = spectral_norm(&(matrix(&change.a) * matrix(&change.b).transpose())); // [m, n]
+            assert!((least..=ALLOWANCE).contains(&(moved / eta)), "step {t}: {}", moved / eta);
         }
     }
 }

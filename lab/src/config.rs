@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::error::{Error, Result, cannot};
-use crate::methods::{Entry, Matrices, entry};
+use crate::methods::{Entry, Family, Matrices, entry};
 use crate::model::matrices;
 use crate::tokens::Tokenizer;
 
@@ -61,20 +61,6 @@ pub enum Method {
     DenseAdamw,
     /// dense matrices, trained by Muon
     DenseMuon,
-}
-
-impl Method {
-    /// Whether AdamW trains everything, so that one rate is the rate of all, and no momentum has a look-ahead.
-    pub fn is_adamw(self) -> bool {
-        use Method::{Adamw, DenseAdamw, SelfGuided, SelfGuidedCheap};
-        matches!(self, Adamw | DenseAdamw | SelfGuided | SelfGuidedCheap)
-    }
-
-    /// Whether the pairs can be balanced.
-    fn is_spectron(self) -> bool {
-        use Method::{Spectron, SpectronCertified, SpectronExact, SpectronExactCertified};
-        matches!(self, Spectron | SpectronExact | SpectronCertified | SpectronExactCertified)
-    }
 }
 
 /// A factor on the learning rate of each of the blocks' matrices.
@@ -419,17 +405,23 @@ pub fn absolute(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
     paths.iter().map(|p| std::path::absolute(p).map_err(cannot("find the data", p))).collect()
 }
 
+/// Whether the blocks' matrices are factor pairs.
+fn factored(method: Method) -> bool {
+    !matches!(entry::<Cpu<f32>>(method).matrices, Matrices::Dense(_))
+}
+
 impl Overrides {
     /// The flags given here that do nothing under this method.
     pub fn without_effect(&self, method: Method) -> Vec<&'static str> {
         let (model, training) = (&self.model, &self.training);
-        let dense = matches!(method, Method::DenseAdamw | Method::DenseMuon);
+        let (dense, family) = (!factored(method), Family::of(method));
+        let (adamw, spectron) = (family == Family::AdamW, family.is_spectron());
         let unused = [
             (model.rank_ratio.is_some() && dense, "--rank-ratio"),
             (model.init.is_some() && dense, "--init"),
-            (training.momentum.is_some() && method.is_adamw(), "--momentum"),
-            (training.nesterov.is_some() && method.is_adamw(), "--nesterov"),
-            (training.balance_every.is_some() && !method.is_spectron(), "--balance-every"),
+            (training.momentum.is_some() && adamw, "--momentum"),
+            (training.nesterov.is_some() && adamw, "--nesterov"),
+            (training.balance_every.is_some() && !spectron, "--balance-every"),
         ];
         unused.into_iter().filter(|(unused, _)| *unused).map(|(_, flag)| flag).collect()
     }
@@ -652,7 +644,7 @@ impl Config {
 
     /// Whether the blocks' matrices are factor pairs.
     pub fn factored(&self) -> bool {
-        !matches!(entry::<Cpu<f32>>(self.method).matrices, Matrices::Dense(_))
+        factored(self.method)
     }
 
     /// Rank of the factors of the m×n matrix of this name.
@@ -667,7 +659,7 @@ impl Config {
     /// A value that is out of range or does not fit another, with what would fit.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::new(message));
-        let certified = matches!(self.method, Method::SpectronCertified | Method::SpectronExactCertified);
+        let certified = Family::of(self.method) == Family::Certified;
         if certified && self.precision == Precision::Bf16NewtonSchulz {
             return fail(format!(
                 "{} keeps its bound with Newton–Schulz in f32: take precision bf16",

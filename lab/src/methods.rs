@@ -1,6 +1,6 @@
 //! The methods side by side: what the blocks' matrices are, what moves them, and at which learning rates. One line each.
 //!
-//! A new method is a rule in the library, a name in [`Method`] and a line in [`entry`]. Not here: embeddings, head and gains,
+//! A new method is a rule in the library, a name in [`Method`], and here a line in [`entry`] with a function that makes the rule. Not here: embeddings, head and gains,
 //! which AdamW trains under every method.
 
 use rankgrad::lowrank::{
@@ -8,7 +8,7 @@ use rankgrad::lowrank::{
     Params, Radius, Renormalised, Rule, Space, Spectron, SpectronConfig, shape_scale,
 };
 use rankgrad::parallel::Division;
-use rankgrad::tensor::{Backend, Tensor};
+use rankgrad::tensor::{Backend, Cpu, Tensor};
 
 use crate::config::{Config, LrScale, Method, Precision};
 use crate::flops;
@@ -27,9 +27,41 @@ pub enum Matrices<B: Backend> {
     Guided { skip: bool },
 }
 
+/// Which of a configuration's options a rule reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// beta1 and beta2. One rate is the rate of everything, since AdamW trains the rest too.
+    AdamW,
+    /// momentum and nesterov.
+    Momentum,
+    /// Those and balance-every.
+    Spectron,
+    /// The same, and its bound needs Newton–Schulz in f32.
+    Certified,
+}
+
+impl Family {
+    /// Of a method.
+    pub fn of(method: Method) -> Self {
+        entry::<Cpu<f32>>(method).family
+    }
+
+    /// Whether pairs can be balanced, and a step promises ‖ΔW‖ ≤ η.
+    pub fn is_spectron(self) -> bool {
+        matches!(self, Self::Spectron | Self::Certified)
+    }
+
+    /// What weight decay λ leaves of a pair's W in a step at rate η, unless the rule reports it: AdamW takes each factor for a matrix.
+    pub fn left_by_decay(self, eta: f64, decay: f64) -> f64 {
+        let left = 1.0 - eta * decay;
+        if self == Self::AdamW { left * left } else { left.max(0.0) }
+    }
+}
+
 /// One line of the table.
 pub struct Entry<B: Backend> {
     pub matrices: Matrices<B>,
+    pub family: Family,
     /// Default peak learning rates: of the blocks' matrices, and of everything else.
     pub lr: f64,
     pub adam_lr: f64,
@@ -37,28 +69,36 @@ pub struct Entry<B: Backend> {
     pub flops: fn(usize, usize) -> f64,
 }
 
-/// The table. Rates: for `spectron`, `adamw` and `dense-adamw` the best at `tiny` in 2,000 steps; for the others the best `lr` of
-/// a grid of factors of 2 at `tiny` in 500 steps (docs/results.md), but `spectron-certified` as `spectron`: starting points for a
-/// grid of your own, no more.
+/// The table. Rates: for `spectron`, `adamw` and `dense-adamw` the best at `tiny` in 2,000 steps of plain momentum (with Nesterov's
+/// look-ahead `spectron`'s is twice that, 0.008 better, and `dense-adamw`'s half, 0.002 better: docs/results.md); for the others the best
+/// `lr` of a grid of factors of 2 at `tiny` in 500 steps, but `spectron-certified` as `spectron`. Starting points for a grid of your
+/// own, no more.
 pub fn entry<B: Backend>(method: Method) -> Entry<B> {
+    use Family::{AdamW, Certified, Momentum};
     use Matrices::{Dense, Factored, Guided};
-    let line = |matrices, lr, adam_lr, flops| Entry { matrices, lr, adam_lr, flops };
+    let line = |matrices, family, lr, adam_lr, flops| Entry { matrices, family, lr, adam_lr, flops };
     match method {
-        Method::Spectron => line(Factored(spectron), 0.025, 4e-3, flops::spectron),
-        Method::SpectronExact => line(Factored(spectron_exact), 0.025, 4e-3, flops::spectron),
-        Method::SpectronCertified => line(Factored(certified), 0.025, 4e-3, flops::spectron_certified),
-        Method::SpectronExactCertified => {
-            line(Factored(exact_certified), 0.025, 4e-3, flops::spectron_certified)
+        Method::Spectron => line(Factored(spectron), Family::Spectron, 0.025, 4e-3, flops::spectron),
+        Method::SpectronExact => {
+            line(Factored(spectron_exact), Family::Spectron, 0.025, 4e-3, flops::spectron)
         }
-        Method::Adamw => line(Factored(adamw_factors), 2e-3, 2e-3, flops::adamw),
-        Method::MuonFactors => line(Factored(muon_factors), 0.01, 4e-3, flops::muon),
-        Method::Renormalised => line(Factored(renormalised), 0.05, 4e-3, flops::renormalised),
-        Method::MomentumFactors => line(Factored(momentum_factors), 2.0, 4e-3, flops::momentum_only),
-        Method::LoraMuon => line(Factored(lora_muon), 0.025, 4e-3, flops::lora_muon),
-        Method::SelfGuided => line(Guided { skip: false }, 2e-3, 2e-3, flops::adamw),
-        Method::SelfGuidedCheap => line(Guided { skip: true }, 1e-3, 1e-3, flops::adamw),
-        Method::DenseAdamw => line(Dense(dense_adamw), 1e-3, 1e-3, flops::adamw),
-        Method::DenseMuon => line(Dense(dense_muon), 0.01, 4e-3, flops::muon),
+        Method::SpectronCertified => {
+            line(Factored(certified), Certified, 0.025, 4e-3, flops::spectron_certified)
+        }
+        Method::SpectronExactCertified => {
+            line(Factored(exact_certified), Certified, 0.025, 4e-3, flops::spectron_certified)
+        }
+        Method::Adamw => line(Factored(adamw_factors), AdamW, 2e-3, 2e-3, flops::adamw),
+        Method::MuonFactors => line(Factored(muon_factors), Momentum, 0.01, 4e-3, flops::muon),
+        Method::Renormalised => line(Factored(renormalised), Momentum, 0.05, 4e-3, flops::renormalised),
+        Method::MomentumFactors => {
+            line(Factored(momentum_factors), Momentum, 2.0, 4e-3, flops::momentum_only)
+        }
+        Method::LoraMuon => line(Factored(lora_muon), Momentum, 0.025, 4e-3, flops::lora_muon),
+        Method::SelfGuided => line(Guided { skip: false }, AdamW, 2e-3, 2e-3, flops::adamw),
+        Method::SelfGuidedCheap => line(Guided { skip: true }, AdamW, 1e-3, 1e-3, flops::adamw),
+        Method::DenseAdamw => line(Dense(dense_adamw), AdamW, 1e-3, 1e-3, flops::adamw),
+        Method::DenseMuon => line(Dense(dense_muon), Momentum, 0.01, 4e-3, flops::muon),
     }
 }
 

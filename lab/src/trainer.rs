@@ -23,7 +23,7 @@ use crate::config::{self, Config, Schedule};
 use crate::data::{Batch, Corpus};
 use crate::error::{Error, Result};
 use crate::guide;
-use crate::methods::{Matrices, PairRule, division, entry, optimizer};
+use crate::methods::{Family, Matrices, PairRule, division, entry, optimizer};
 use crate::model::Model;
 use crate::run::{MatrixRecord, PairRecord, Telemetry};
 
@@ -339,20 +339,22 @@ impl<B: Backend> Trainer<B> {
     /// the rule's. Guides that it dropped are left out.
     pub fn telemetry(&self, before: &Values<B>, reports: &[StepReport], factor: f64) -> Telemetry {
         let accuracy = accuracy(self.config.telemetry);
-        let lr = self.config.lr * factor;
+        let (lr, decay) = (self.config.lr * factor, self.config.weight_decay);
+        let family = Family::of(self.config.method);
         let Values { pairs, hidden, .. } = &self.params.values;
         let Optimizer { pair_scales, hidden_scales, .. } = &self.optimizer;
         let Params { pair_names, hidden_names, .. } = &self.params;
         let pair = |i: usize| {
             let seen = pair_telemetry(Some(&before.pairs[i]), &pairs[i], accuracy);
-            let report = reports.get(i);
+            let (report, eta) = (reports.get(i), lr * pair_scales[i]);
+            let left = || family.left_by_decay(eta, decay);
             let record = PairRecord {
                 sigma_a: finite(seen.sigma_a),
                 sigma_b: finite(seen.sigma_b),
                 gauge_imbalance: finite(seen.gauge_imbalance),
-                w: record(seen.w, lr * pair_scales[i]),
+                w: record(seen.w, eta),
                 rho: report.map(|report| report.rho),
-                shrink: report.map(|report| report.shrink),
+                shrink: Some(report.map_or_else(left, |report| report.shrink)),
             };
             (pair_names[i].clone(), record)
         };
@@ -622,7 +624,7 @@ mod tests {
     //! tests/data/reference_steps.json: losses and gradient norms of each step, sums over each parameter at the end.
 
     use super::*;
-    use crate::config::{Method, Overrides};
+    use crate::config::{LrScale, Method, Overrides};
     use rankgrad::gpu::{Cuda, Simulator};
     use rankgrad::parallel::{Alone, ThroughHost, threads};
     use rankgrad::tensor::{Bf16, Element};
@@ -754,6 +756,40 @@ mod tests {
             compare(2, squares, &want["parameters"][p]["sum_of_squares"], &name);
         }
         worst
+    }
+
+    /// Of the first step, which moves a factor by the same with and without decay: so the two results differ by what decay took.
+    #[test]
+    fn telemetry_says_what_decay_leaves_of_w() {
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let device = Cpu::<f64>::default();
+        for &method in <Method as clap::ValueEnum>::value_variants() {
+            let base = Config { method, lr_scale: LrScale::Shape, ..config(Method::Spectron, &reference) };
+            if !base.factored() || Family::of(method) == Family::Certified {
+                continue; // a certified step is smaller where decay takes a part of η: tests/guarantee.rs
+            }
+            let run = |weight_decay: f64| {
+                let mut trainer =
+                    Trainer::new(&device, Arc::new(Alone), &Config { weight_decay, ..base.clone() });
+                let before = trainer.matrices();
+                trainer.step(&[batch(&base, 0)], 0.5).unwrap();
+                let telemetry = trainer.telemetry(&before, &trainer.reports().unwrap(), 0.5);
+                (trainer.params, before, telemetry)
+            };
+            let ((with, before, telemetry), (without, _, none)) = (run(3.0), run(0.0));
+            for (i, name) in with.pair_names.iter().enumerate() {
+                // c where x⁺ with decay = x⁺ without + (c − 1)·x
+                let left = |of: fn(&FactorPair<Cpu<f64>>) -> &Tensor<Cpu<f64>>| {
+                    let [x, y, z] =
+                        [&before, &with.values, &without.values].map(|v| of(&v.pairs[i]).to_f64());
+                    let taken: f64 = x.iter().zip(y.iter().zip(&z)).map(|(x, (y, z))| x * (y - z)).sum();
+                    1.0 + taken / x.iter().map(|x| x * x).sum::<f64>()
+                };
+                let (want, got) = (left(|p| &p.a) * left(|p| &p.b), telemetry.pairs[name].shrink.unwrap());
+                assert!(want < 0.999 && (got - want).abs() < 1e-12, "{method:?} {name}: {got}, not {want}");
+                assert_eq!(none.pairs[name].shrink, Some(1.0));
+            }
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use crate::config::Method;
 use crate::error::Result;
+use crate::methods::Family;
 use crate::run::read_metrics;
 use crate::study::execute::Outcomes;
 use crate::study::outcome::{spikes, telemetry};
@@ -104,11 +104,7 @@ pub fn tables(title: &str, runs: &Path, arms: Arms, outcomes: &Outcomes) -> Resu
         limit("growth of σ_B from the second window to the last", growth(|w| w.sigma_b), GROWTH);
         let ratio = windows.iter().filter_map(|w| w.gauge_ratio).reduce(f64::max);
         limit("largest σ_A/σ_B or σ_B/σ_A of a pair", ratio, GAUGE_RATIO);
-        if let Method::Spectron
-        | Method::SpectronExact
-        | Method::SpectronCertified
-        | Method::SpectronExactCertified = trial.config.method
-        {
+        if Family::of(trial.config.method).is_spectron() {
             let update = windows.iter().filter_map(|w| w.update_over_eta).reduce(f64::max);
             limit("largest ‖ΔW‖/η", update, 1.0); // what its radius is for
         }

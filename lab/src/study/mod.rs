@@ -145,7 +145,13 @@ pub fn study(args: &StudyArgs) -> Result<()> {
 impl Settings {
     fn read(directory: &Path) -> Result<Self> {
         let path = directory.join("study.toml");
-        let text = fs::read_to_string(&path).map_err(cannot("read the study", &path))?;
+        let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::new(format!(
+                "{} holds no study (there is no study.toml); begin one with --out",
+                directory.display()
+            )),
+            _ => cannot("read the study", &path)(error),
+        })?;
         toml::from_str(&text).map_err(cannot("read the study", &path))
     }
 

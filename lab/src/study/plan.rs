@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, LrScale, Method, Overrides, Precision, Schedule, name};
 use crate::error::{Error, Result};
 use crate::flops::{parameters, step_flops};
+use crate::methods::Family;
 use crate::study::search::Arm;
 
 /// What is compared.
@@ -149,7 +150,7 @@ impl Plan {
         }
         let arm = |(label, config): (String, Config)| Arm {
             label,
-            coupled: config.method.is_adamw(),
+            coupled: Family::of(config.method) == Family::AdamW,
             config,
             grid: grid.clone(),
             adam_grid: adam_grid.clone(),
@@ -312,7 +313,7 @@ fn recipes(options: &StudyOptions, base: &Overrides) -> Result<Vec<(String, Conf
         arm("base", &base)?;
         let mut all = base.clone();
         for (label, part) in parts {
-            if label == "nesterov" && method.is_adamw() {
+            if label == "nesterov" && Family::of(method) == Family::AdamW {
                 continue; // AdamW has none
             }
             let mut one = base.clone();
