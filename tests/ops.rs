@@ -474,7 +474,8 @@ fn distance(x: &[f64], y: &[f64]) -> f64 {
 
 /// The largest distance between `f` on `device` and f64, over the value and each gradient, in multiples of a yardstick:
 /// unit·‖reference‖, plus the change of the f64 reference when each input and dy moves by ± one unit (four draws, root mean
-/// square; no arithmetic in that precision can promise less), plus unit·‖dy‖ for gradients that cancel.
+/// square; no arithmetic in that precision can promise less), plus unit·‖dy‖ for gradients that cancel, plus one unit for a
+/// cross-entropy: it is the logarithm of a sum, 1 + e⁻²⁰ for a sure and right prediction, and the sum is known to a unit.
 fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> f64 {
     let (cpu, unit) = (Cpu::<f64>::default(), B::Elem::UNIT_ROUNDOFF);
     let inputs = row.draw_in::<B::Elem>(z);
@@ -499,7 +500,11 @@ fn agreement<B: Backend>(row: &Row, f: Expression<B>, device: &B, z: &Sizes) -> 
     for (kind, outputs) in reference.iter().enumerate() {
         for (i, reference) in outputs.iter().enumerate() {
             let spread = moved.iter().map(|m| distance(&m[kind][i], reference).powi(2)).sum::<f64>() / 4.0;
-            let floor = if cancels && kind == 1 { unit * norm(&weight) } else { 0.0 };
+            let floor = match kind {
+                1 if cancels => unit * norm(&weight),
+                0 if row.name.ends_with("cross_entropy") => unit,
+                _ => 0.0,
+            };
             let yard = unit * norm(reference) + spread.sqrt() + floor;
             let error = distance(&other[kind][i], reference);
             if error > 0.0 || error.is_nan() {
