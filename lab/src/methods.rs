@@ -1,7 +1,7 @@
 //! The methods side by side: what the blocks' matrices are, what moves them, and at which learning rates. One line each.
 //!
-//! A new method is a rule in the library, a name in [`Method`], and here a line in [`entry`] with a function that makes the rule. Not here: embeddings, head and gains,
-//! which AdamW trains under every method.
+//! A new method is a rule in the library, a name in [`Method`], and here a line in [`entry`] with a function that makes the rule.
+//! Not here: embeddings, head and gains, which AdamW trains under every method.
 
 use rankgrad::lowrank::{
     AdamW, FactorPair, LoraMuon, MomentumOnly, Muon, MuonScale, NewtonSchulz, Optimizer, Orthogonaliser,

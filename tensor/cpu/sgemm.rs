@@ -1,6 +1,6 @@
 //! One matrix product in f32: blocks that fit the caches, and a tile of C that stays in registers (Goto & van de Geijn 2008).
 //!
-//! Not the sharing among threads (gemm.rs). B is copied into panels as wide as a tile, so that it is read in order. A tile
+//! Not the sharing among threads (gemm.rs). B is copied into panels as wide as a tile, so that it is read in order, unless few tiles would read the copy. A tile
 //! reads one element at a time of each of its rows of A: where they stand if they are contiguous, or are read few times. Tiles
 //! come strip by strip, side by side in the same rows, so that C is written along its rows: the processor fetches ahead along a few
 //! rows, not along a hundred. Letters: C (m×n) ← or += A (m×k) · B (k×n); i, p, j run over m, k, n.
@@ -108,9 +108,9 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
     let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
     // a transposed A that few panels read is not worth a copy
     let copy_a = a_col != 1 && n > 2 * width;
-    // nor is a B that few tiles read, or that is a panel already
-    let few = m <= 4 * H || (n == width && b_row == width as isize);
-    let copy_b = !(few && b_col == 1 && n.is_multiple_of(width));
+    // nor is a B whose panels few tiles read, or that is a panel already; rows that end within a panel would be read beyond their end
+    let not_worth_it = m <= 4 * H || (n == width && b_row == width as isize);
+    let copy_b = !(not_worth_it && b_col == 1 && n.is_multiple_of(width));
     let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
     // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, PANELS)
     unsafe {
