@@ -15,9 +15,8 @@ const KC: usize = 256;
 const MC: usize = 240;
 const PANELS: usize = 16;
 
-/// Registers across a tile, and the most elements that they hold.
-const VECTORS: usize = 2;
-const WIDEST: usize = VECTORS * 16;
+/// The most elements across a tile: three registers of 16.
+const WIDEST: usize = 48;
 
 thread_local! {
     /// Copies of a block of B and one of A, kept from one product to the next.
@@ -66,13 +65,15 @@ impl WithSimd for Run<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // tile heights: with its accumulators (VECTORS per row), B's VECTORS and A's one, a tile fills the registers
+        // A tile's accumulators, with a row of B and an element of A, fill the registers. Of the shapes that do, the wide and low one has the fewest
+        // instructions besides its products: 8 × 3 takes 11 loads for 24 products, 12 × 2 takes 14, and addresses of 12 rows for which there are not
+        // enough registers.
         // SAFETY: `sgemm_on` is the only place that makes a `Run`, and has the caller's promise
         unsafe {
             match S::REGISTER_COUNT {
                 _ if S::F32_LANES == 1 => portable_sgemm(self.product),
-                32 => blocks::<S, 12>(simd, self.product, self.packed),
-                _ => blocks::<S, 6>(simd, self.product, self.packed),
+                32 => blocks::<S, 8, 3>(simd, self.product, self.packed),
+                _ => blocks::<S, 6, 2>(simd, self.product, self.packed),
             }
         }
     }
@@ -95,22 +96,22 @@ macro_rules! library {
 library!(portable_sgemm, f32, sgemm);
 library!(dgemm, f64, dgemm);
 
-/// The loops over blocks. `H`: tile height.
+/// The loops over blocks. `H`: height of a tile; `V`: registers across it.
 ///
 /// # Safety
 /// As [`sgemm`].
 #[inline(always)]
-unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
+unsafe fn blocks<S: Simd, const H: usize, const V: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
     let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row), lower } =
         product;
-    let width = VECTORS * S::F32_LANES;
+    let (width, lanes) = (V * S::F32_LANES, S::F32_LANES);
     // blocks of k of nearly one size, whatever m and n are: the sums must not depend on how C is cut
     let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
     // a transposed A that few panels read is not worth a copy
     let copy_a = a_col != 1 && n > 2 * width;
     // nor is a B whose panels few tiles read, or that is a panel already; rows that end within a panel would be read beyond their end
     let not_worth_it = m <= 4 * H || (n == width && b_row == width as isize);
-    let copy_b = !(not_worth_it && b_col == 1 && n.is_multiple_of(width));
+    let copy_b = !(not_worth_it && b_col == 1 && n.is_multiple_of(lanes));
     let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
     // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, PANELS)
     unsafe {
@@ -120,13 +121,18 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                 let kc = k_step.min(k - p0);
                 let accum = if p0 > 0 { Accum::Add } else { accum };
                 let b = b.offset(p0 as isize * b_row + j0 as isize * b_col);
-                let mut panels = Panels { first: b, row: b_row, next: width, wanted: nc, cols: nc };
+                let mut panels = Panels { first: b, row: Some(b_row), wanted: nc, cols: nc };
                 if copy_b {
                     for j in (0..nc).step_by(width) {
-                        let from = b.offset(j as isize * b_col);
-                        pack_b::<S>(kc, width.min(nc - j), from, b_row, b_col, b_packed.add(j * kc));
+                        let cols = width.min(nc - j);
+                        let (from, to) = (b.offset(j as isize * b_col), b_packed.add(j * kc));
+                        match cols.div_ceil(lanes) {
+                            1 => pack_b::<S, 1>(kc, cols, from, b_row, b_col, to),
+                            2 => pack_b::<S, 2>(kc, cols, from, b_row, b_col, to),
+                            _ => pack_b::<S, V>(kc, cols, from, b_row, b_col, to),
+                        }
                     }
-                    panels = Panels { first: b_packed, row: width as isize, next: width * kc, ..panels };
+                    panels = Panels { first: b_packed, row: None, ..panels };
                 }
                 for i0 in (0..m).step_by(MC) {
                     let mc = MC.min(m - i0);
@@ -145,11 +151,11 @@ unsafe fn blocks<S: Simd, const H: usize>(simd: S, product: Product<f32>, packed
                         let c = (c.offset((i0 + i) as isize * c_row + j0 as isize), c_row);
                         panels.wanted = lower.map_or(nc, |row| nc.min((row + i0 + i + h).saturating_sub(j0)));
                         match h {
-                            8 => strip::<S, 8>(simd, kc, rows, panels, accum, c),
-                            4 => strip::<S, 4>(simd, kc, rows, panels, accum, c),
-                            2 => strip::<S, 2>(simd, kc, rows, panels, accum, c),
-                            1 => strip::<S, 1>(simd, kc, rows, panels, accum, c),
-                            _ => strip::<S, H>(simd, kc, rows, panels, accum, c),
+                            8 => strip::<S, 8, V>(simd, kc, rows, panels, accum, c),
+                            4 => strip::<S, 4, V>(simd, kc, rows, panels, accum, c),
+                            2 => strip::<S, 2, V>(simd, kc, rows, panels, accum, c),
+                            1 => strip::<S, 1, V>(simd, kc, rows, panels, accum, c),
+                            _ => strip::<S, H, V>(simd, kc, rows, panels, accum, c),
                         }
                         i += h;
                     }
@@ -165,12 +171,12 @@ fn height<const H: usize>(left: usize) -> usize {
     [H, 8, 4, 2, 1].into_iter().find(|&h| h <= left.min(H)).unwrap_or(1)
 }
 
-/// Copies `kc` rows and `cols` columns of B to a panel [kc, width], with zeros in the columns that are missing.
+/// Copies `kc` rows and `cols` columns of B to a panel of `V` registers' width, with zeros in the columns that are missing.
 ///
 /// # Safety
 /// B must have these elements, and the panel room for `kc` rows.
 #[inline(always)]
-unsafe fn pack_b<S: Simd>(
+unsafe fn pack_b<S: Simd, const V: usize>(
     kc: usize,
     cols: usize,
     b: *const f32,
@@ -178,7 +184,9 @@ unsafe fn pack_b<S: Simd>(
     b_col: isize,
     panel: *mut f32,
 ) {
-    let width = VECTORS * S::F32_LANES;
+    let width = V * S::F32_LANES;
+    // 4×4 at a time, which the compiler turns into shuffles of registers
+    let whole = if b_row == 1 { kc - kc % 4 } else { 0 };
     // SAFETY: the caller's promise; `p` < kc and `j` < cols
     unsafe {
         if cols < width {
@@ -190,12 +198,10 @@ unsafe fn pack_b<S: Simd>(
             }
         } else if b_col == 1 {
             for p in 0..kc {
-                let from = b.offset(p as isize * b_row).cast::<[S::f32s; VECTORS]>();
-                panel.add(p * width).cast::<[S::f32s; VECTORS]>().write_unaligned(from.read_unaligned());
+                let from = b.offset(p as isize * b_row).cast::<[S::f32s; V]>();
+                panel.add(p * width).cast::<[S::f32s; V]>().write_unaligned(from.read_unaligned());
             }
         } else {
-            // 4×4 at a time, which the compiler turns into shuffles of registers
-            let whole = if b_row == 1 { kc - kc % 4 } else { 0 };
             for p in (0..whole).step_by(4) {
                 for j in (0..width).step_by(4) {
                     let mut x = [[0.0f32; 4]; 4];
@@ -257,13 +263,12 @@ unsafe fn pack_a<const H: usize>(kc: usize, mc: usize, a: (*const f32, isize, is
     }
 }
 
-/// Panels of a block of B, copied or in place.
+/// Panels of a block of B, side by side; the last may be less wide than a tile.
 #[derive(Clone, Copy)]
 struct Panels {
     first: *const f32,
-    /// From one row of a panel to the next, and from one panel to the next.
-    row: isize,
-    next: usize,
+    /// From one row of B to the next, where it lies in place; copied, panels follow each other, each as wide as it is.
+    row: Option<isize>,
     /// Columns of the block, and those of them in which the tiles begin that are asked for.
     cols: usize,
     wanted: usize,
@@ -274,7 +279,7 @@ struct Panels {
 /// # Safety
 /// As [`tile`], for every panel.
 #[inline(always)]
-unsafe fn strip<S: Simd, const H: usize>(
+unsafe fn strip<S: Simd, const H: usize, const V: usize>(
     simd: S,
     kc: usize,
     a: (*const f32, isize, isize),
@@ -282,22 +287,31 @@ unsafe fn strip<S: Simd, const H: usize>(
     accum: Accum,
     (c, c_row): (*mut f32, isize),
 ) {
-    let width = VECTORS * S::F32_LANES;
-    for j in (0..panels.wanted).step_by(width) {
+    for j in (0..panels.wanted).step_by(V * S::F32_LANES) {
+        let cols = panels.cols - j;
+        let vectors = cols.div_ceil(S::F32_LANES).min(V);
         // SAFETY: the caller's promise
         unsafe {
-            let (panel, c) = (panels.first.add(j / width * panels.next), (c.add(j), c_row));
-            tile::<S, H>(simd, kc, a, (panel, panels.row), accum, c, width.min(panels.cols - j));
+            let panel = match panels.row {
+                Some(row) => (panels.first.add(j), row),
+                None => (panels.first.add(j * kc), (vectors * S::F32_LANES) as isize),
+            };
+            let c = (c.add(j), c_row);
+            match vectors {
+                1 => tile::<S, H, 1>(simd, kc, a, panel, accum, c, cols),
+                2 => tile::<S, H, 2>(simd, kc, a, panel, accum, c, cols),
+                _ => tile::<S, H, V>(simd, kc, a, panel, accum, c, cols),
+            }
         }
     }
 }
 
-/// `H` rows of C, `cols` of them wide, at most that of a panel.
+/// `H` rows of C and `V` registers across, or as many columns as there are: `cols`.
 ///
 /// # Safety
-/// A must have `H` rows and `kc` columns, one of its strides must be 1, the panel have `kc` rows, C `H` rows and `cols` columns.
+/// A must have `H` rows and `kc` columns, one of its strides must be 1, the panel have `kc` rows, C `H` rows and the columns.
 #[inline(always)]
-unsafe fn tile<S: Simd, const H: usize>(
+unsafe fn tile<S: Simd, const H: usize, const V: usize>(
     simd: S,
     kc: usize,
     (a, a_row, a_col): (*const f32, isize, isize),
@@ -306,9 +320,9 @@ unsafe fn tile<S: Simd, const H: usize>(
     (c, c_row): (*mut f32, isize),
     cols: usize,
 ) {
-    let width = VECTORS * S::F32_LANES;
+    let width = V * S::F32_LANES;
     let zero = simd.splat_f32s(0.0);
-    let mut sums = [[zero; VECTORS]; H];
+    let mut sums = [[zero; V]; H];
     // SAFETY: the caller's promise
     unsafe {
         for i in 0..H {
@@ -316,31 +330,16 @@ unsafe fn tile<S: Simd, const H: usize>(
                 prefetch(c.offset(i as isize * c_row).wrapping_add(j)); // a cache line, which arrives while the sums are formed
             }
         }
-        // A stride of 1 that the compiler knows becomes part of the instructions, and so does p within four steps: few
-        // instructions besides the products matter where two threads share a core.
-        let whole = kc - kc % 4;
-        for p in (0..whole).step_by(4) {
-            for p in p..p + 4 {
-                let b = panel.offset(p as isize * b_row);
-                if a_col == 1 {
-                    add_product(simd, a.add(p), a_row, b, &mut sums);
-                } else {
-                    add_product(simd, a.offset(p as isize * a_col), 1, b, &mut sums);
-                }
-            }
+        // what the compiler knows of the strides becomes part of the instructions
+        match (a_col == 1, b_row == width as isize) {
+            (true, true) => add_products(simd, kc, (a, a_row, 1), (panel, width as isize), &mut sums),
+            (true, false) => add_products(simd, kc, (a, a_row, 1), (panel, b_row), &mut sums),
+            (false, true) => add_products(simd, kc, (a, 1, a_col), (panel, width as isize), &mut sums),
+            (false, false) => add_products(simd, kc, (a, 1, a_col), (panel, b_row), &mut sums),
         }
-        for p in whole..kc {
-            add_product(
-                simd,
-                a.offset(p as isize * a_col),
-                a_row,
-                panel.offset(p as isize * b_row),
-                &mut sums,
-            );
-        }
-        if cols == width {
+        if cols >= width {
             for (i, sums) in sums.into_iter().enumerate() {
-                let c = c.offset(i as isize * c_row).cast::<[S::f32s; VECTORS]>();
+                let c = c.offset(i as isize * c_row).cast::<[S::f32s; V]>();
                 let mut y = sums;
                 if accum == Accum::Add {
                     for (y, c) in y.iter_mut().zip(c.read_unaligned()) {
@@ -363,21 +362,51 @@ unsafe fn tile<S: Simd, const H: usize>(
     }
 }
 
+/// Adds A, `H` rows and `kc` columns, times a panel to `sums`.
+///
+/// # Safety
+/// Both must have these elements.
+#[inline(always)]
+unsafe fn add_products<S: Simd, const H: usize, const V: usize>(
+    simd: S,
+    kc: usize,
+    (mut a, a_row, a_col): (*const f32, isize, isize),
+    (mut b, b_row): (*const f32, isize),
+    sums: &mut [[S::f32s; V]; H],
+) {
+    // four steps at a time: few instructions besides the products matter where two threads share a core
+    const STEPS: usize = 4;
+    let mut left = kc;
+    // SAFETY: the caller's promise
+    unsafe {
+        while left >= STEPS {
+            for p in 0..STEPS as isize {
+                add_product(simd, a.offset(p * a_col), a_row, b.offset(p * b_row), sums);
+            }
+            (a, b) = (a.offset(STEPS as isize * a_col), b.offset(STEPS as isize * b_row));
+            left -= STEPS;
+        }
+        for p in 0..left as isize {
+            add_product(simd, a.offset(p * a_col), a_row, b.offset(p * b_row), sums);
+        }
+    }
+}
+
 /// Adds a column of A, `H` elements from `a` on, times a row of a panel to `sums`.
 ///
 /// # Safety
 /// Both must have these elements.
 #[inline(always)]
-unsafe fn add_product<S: Simd, const H: usize>(
+unsafe fn add_product<S: Simd, const H: usize, const V: usize>(
     simd: S,
     a: *const f32,
     a_row: isize,
     b: *const f32,
-    sums: &mut [[S::f32s; VECTORS]; H],
+    sums: &mut [[S::f32s; V]; H],
 ) {
     // SAFETY: the caller's promise
     unsafe {
-        let b = b.cast::<[S::f32s; VECTORS]>().read_unaligned();
+        let b = b.cast::<[S::f32s; V]>().read_unaligned();
         for (i, sums) in sums.iter_mut().enumerate() {
             let a = simd.splat_f32s(*a.offset(i as isize * a_row));
             for (sum, b) in sums.iter_mut().zip(b) {
@@ -413,7 +442,7 @@ mod tests {
         let mut case = 0;
         for m in [1, 5, 11, 12, 13, 121, 253] {
             for k in [0, 1, 7, 8, 257, 515] {
-                for n in [1, 15, 16, 32, 33, 70, 96, 1030] {
+                for n in [1, 15, 16, 32, 33, 48, 64, 70, 96, 144, 1030] {
                     case += 1;
                     if m * k * n > 2_000_000 && case % 8 != 0 {
                         continue;
