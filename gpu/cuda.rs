@@ -2,11 +2,13 @@
 //! compiled by NVRTC, products by cuBLAS (plans.rs).
 //!
 //! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
-//! may be given to others as soon as the last launch that uses it has been enqueued.
+//! may be given to others as soon as the last launch that uses it has been asked for. With CUDA graphs what is asked for is written down
+//! first (graphs.rs), in the same order.
 
 use super::backend::Cuda;
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type, pointers};
-use super::plans::{Plans, WORKSPACE};
+use super::graphs::{self, GraphUse, Graphs, Work};
+use super::plans::{Plans, Shape, WORKSPACE};
 use super::probe::{Unavailable, devices, reason};
 use super::{FAILURE, compile, kernels};
 use crate::autograd::at_work;
@@ -14,7 +16,8 @@ use cudarc::cublas::{CudaBlas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -35,6 +38,22 @@ pub(super) struct Gpu {
     kept: Mutex<Kept>,
     /// What has run since somebody asked for times.
     spans: Mutex<Option<Vec<Span>>>,
+    /// None: work is enqueued as it is asked for.
+    graphs: Mutex<Option<Graphs>>,
+}
+
+/// A call that failed: which one, and what was said.
+#[derive(Debug)]
+pub(super) struct Refused {
+    call: String,
+    why: String,
+}
+
+impl Refused {
+    /// Of an error of this call.
+    pub fn of<E: Debug>(call: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |error| Self { call: call.into(), why: format!("{error:?}") }
+    }
 }
 
 /// Memory that has been given back, for the next who asks for as much. The driver's own pool takes some microseconds for what this does
@@ -42,8 +61,9 @@ pub(super) struct Gpu {
 /// the last one's in the stream.
 #[derive(Debug, Default)]
 struct Kept {
-    /// By bytes, as [`rounded`].
-    free: HashMap<usize, Vec<Address>>,
+    /// By bytes, as [`rounded`]; the lowest goes first, so that a step which begins with the same tensors as one before uses the same
+    /// addresses, whatever order they came back in: graphs then fit.
+    free: HashMap<usize, BinaryHeap<Reverse<Address>>>,
     /// Bytes in use, and the most that there were at one time.
     used: usize,
     most: usize,
@@ -110,7 +130,11 @@ impl Cuda<f32> {
             function.map(|function| ((kernel, element), function))
         };
         let functions = kernels::all().into_iter().map(function).collect::<Result<_, _>>().map_err(driver)?;
-        Ok(Self::on(Arc::new(Gpu {
+        // SAFETY: the handle is open, and the memory there for as long; one stream is all that either library works on
+        let set =
+            unsafe { blas_sys::cublasSetWorkspace_v2(*blas.handle(), workspace as *mut c_void, WORKSPACE) };
+        set.result().map_err(|e| failed("cuBLAS", &e))?;
+        let cuda = Self::on(Arc::new(Gpu {
             ordinal,
             context,
             stream,
@@ -120,7 +144,36 @@ impl Cuda<f32> {
             functions,
             kept: Mutex::default(),
             spans: Mutex::default(),
-        })))
+            graphs: Mutex::default(),
+        }));
+        if std::env::var_os(graphs::SWITCH).is_some_and(|value| value == "1") {
+            cuda.use_graphs(true)?;
+        }
+        Ok(cuda)
+    }
+
+    /// Whether work that comes again is launched as CUDA graphs, from now on. At first it is not, unless RANKGRAD_CUDA_GRAPHS=1 stands in
+    /// the environment. Results are the same; a failure is noticed later, and near another op.
+    ///
+    /// # Errors
+    /// A driver that is too old for them.
+    pub fn use_graphs(&self, on: bool) -> Result<(), Unavailable> {
+        let Some(gpu) = self.gpu() else { return Ok(()) };
+        if on && !graphs::supported() {
+            let why = "graphs need a driver for CUDA 12.3 or later: leave out RANKGRAD_CUDA_GRAPHS";
+            return Err(Unavailable::Failed(format!("cuda:{}: {why}", gpu.ordinal)));
+        }
+        let mut graphs = gpu.alone();
+        if let Some(mut before) = graphs.take() {
+            before.forget(gpu);
+        }
+        *graphs = on.then(Graphs::default);
+        Ok(())
+    }
+
+    /// What graphs did since [`Cuda::use_graphs`]; None without them.
+    pub fn graph_use(&self) -> Option<GraphUse> {
+        self.gpu()?.graphs().as_ref().map(|graphs| graphs.seen)
     }
 
     fn gpu(&self) -> Option<&Gpu> {
@@ -131,6 +184,7 @@ impl Cuda<f32> {
     /// microseconds each themselves.
     pub fn watch_kernels(&self) {
         if let Some(gpu) = self.gpu() {
+            gpu.pause_graphs(true);
             *gpu.spans() = Some(Vec::new());
         }
     }
@@ -142,10 +196,11 @@ impl Cuda<f32> {
     pub fn kernel_times(&self) -> BTreeMap<String, KernelTime> {
         let mut times = BTreeMap::<String, KernelTime>::new();
         let Some(gpu) = self.gpu() else { return times };
+        gpu.pause_graphs(false);
         for Span { kernel, between: [from, to], flops } in gpu.spans().take().unwrap_or_default() {
             let time = times.entry(kernel).or_default();
             time.calls += 1;
-            time.seconds += 1e-3 * f64::from(gpu.must("times", from.elapsed_ms(&to)));
+            time.seconds += 1e-3 * f64::from(gpu.must(from.elapsed_ms(&to).map_err(Refused::of("times"))));
             time.flops += flops;
         }
         times
@@ -182,7 +237,10 @@ unsafe fn allocate(stream: &CudaStream, pooled: bool, bytes: usize) -> Result<Ad
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // what fails here, at the end, is past mending
+        // what is written down nobody will read; what fails here, at the end, is past mending
+        if let Some(mut graphs) = self.graphs().take() {
+            graphs.forget(self);
+        }
         self.give_back().ok();
         let workspace = self.plans.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).workspace;
         // SAFETY: the plans are not used any more
@@ -198,10 +256,10 @@ impl Gpu {
 
     /// The value, or a panic that says which GPU failed at what, and near which op.
     #[track_caller]
-    fn must<T, E: Debug>(&self, what: &str, outcome: Result<T, E>) -> T {
-        outcome.unwrap_or_else(|error| {
+    pub fn must<T>(&self, outcome: Result<T, Refused>) -> T {
+        outcome.unwrap_or_else(|Refused { call, why }| {
             panic!(
-                "{FAILURE}{}: {what}: {error:?}{} (what a kernel did wrong is noticed later: CUDA_LAUNCH_BLOCKING=1 has it noticed at once)",
+                "{FAILURE}{}: {call}: {why}{} (what a kernel did wrong is noticed later: CUDA_LAUNCH_BLOCKING=1 has it noticed at once)",
                 self.ordinal,
                 at_work()
             )
@@ -212,22 +270,214 @@ impl Gpu {
         self.spans.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    fn graphs(&self) -> MutexGuard<'_, Option<Graphs>> {
+        self.graphs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Enqueues what is only written down, and keeps others from writing more, or capturing the stream, while the guard lives. Whoever enqueues or waits
+    /// by other ways than `put` needs it.
+    pub fn alone(&self) -> MutexGuard<'_, Option<Graphs>> {
+        let mut graphs = self.graphs();
+        if let Some(graphs) = &mut *graphs {
+            graphs.flush(self);
+        }
+        graphs
+    }
+
+    fn pause_graphs(&self, pause: bool) {
+        if let Some(graphs) = &mut *self.alone() {
+            graphs.paused = pause;
+        }
+    }
+
+    /// Has a piece of work done after all before: now, or when graphs have enough of them.
+    ///
+    /// # Safety
+    /// The device must have allocated what the work's addresses are taken for, and no C may overlap an operand; the arguments must be
+    /// those of the kernel.
+    unsafe fn put(&self, work: Work, args: &[Arg], bytes: &[u8]) {
+        let mut graphs = self.graphs();
+        match &mut *graphs {
+            // SAFETY: the caller's promise
+            Some(graphs) if !graphs.paused => unsafe { graphs.put(self, work, args, bytes) },
+            _ => {
+                drop(graphs);
+                self.enter();
+                // SAFETY: the caller's promise
+                self.must(unsafe { self.enqueue(work, args, bytes) });
+            }
+        }
+    }
+
+    /// Enqueues a piece of work, between two events if somebody watches. An upload comes from ordinary memory: the driver has taken its copy
+    /// when this returns.
+    ///
+    /// # Errors
+    /// What the driver or cuBLAS says.
+    ///
+    /// # Safety
+    /// As for `put`; the context must be this thread's own.
+    pub unsafe fn enqueue(&self, work: Work, args: &[Arg], bytes: &[u8]) -> Result<(), Refused> {
+        let stream = self.stream.cu_stream();
+        // SAFETY: the caller's promise
+        unsafe {
+            match work {
+                Work::Upload { to, .. } => {
+                    result::memcpy_htod_async(to, bytes, stream).map_err(Refused::of("upload"))
+                }
+                Work::Copy { from, to, bytes } => {
+                    result::memcpy_dtod_async(to, from, bytes, stream).map_err(Refused::of("copy"))
+                }
+                Work::Zero { at, bytes } => {
+                    result::memset_d8_async(at, 0, bytes, stream).map_err(Refused::of("gemm"))
+                }
+                Work::Launch { launch, .. } => self.start(launch, args),
+                Work::Product { shape, add, operands } => {
+                    let plans = self.plans();
+                    let run = || {
+                        let done = plans.run(&self.stream, &shape, operands, add);
+                        done.map_err(Refused::of(name(&shape, 1)))
+                    };
+                    self.span(|| name(&shape, 1), flops(&shape), run)
+                }
+                Work::Batch { shape, add, count, table } => self.batch(shape, add, count, table),
+            }
+        }
+    }
+
     /// Enqueues something, between two events if somebody watches.
-    fn span(&self, kernel: impl FnOnce() -> String, flops: f64, enqueue: impl FnOnce()) {
+    fn span(
+        &self,
+        kernel: impl FnOnce() -> String,
+        flops: f64,
+        enqueue: impl FnOnce() -> Result<(), Refused>,
+    ) -> Result<(), Refused> {
         let mut spans = self.spans();
         let Some(spans) = &mut *spans else {
             drop(spans); // others need not wait for the driver
             return enqueue();
         };
-        let now = || self.must("times", self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)));
-        let from = now();
-        enqueue();
-        spans.push(Span { kernel: kernel(), between: [from, now()], flops });
+        let now = || {
+            let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+            event.map_err(Refused::of("times"))
+        };
+        let from = now()?;
+        enqueue()?;
+        spans.push(Span { kernel: kernel(), between: [from, now()?], flops });
+        Ok(())
+    }
+
+    /// The compiled kernel.
+    pub fn function(&self, launch: &Launch) -> &CudaFunction {
+        &self.functions[&(launch.kernel, launch.element)]
+    }
+
+    /// # Safety
+    /// As for `enqueue`.
+    unsafe fn start(&self, launch: Launch, args: &[Arg]) -> Result<(), Refused> {
+        let Launch { kernel, element, grid: [x, y, z], threads, shared } = launch;
+        let function = self.function(&launch);
+        if shared > 48 << 10 {
+            // more than every device gives without being asked
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            function.set_attribute(SHARED, shared as i32).map_err(Refused::of(kernel))?;
+        }
+        let (function, stream) = (function.cu_function(), self.stream.cu_stream());
+        let mut args = pointers(args);
+        self.span(
+            || format!("{kernel} {element}"),
+            0.0,
+            || {
+                // SAFETY: the caller's promise
+                let started = unsafe {
+                    result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
+                };
+                started.map_err(Refused::of(kernel))
+            },
+        )
+    }
+
+    /// # Safety
+    /// As for `enqueue`.
+    unsafe fn batch(&self, shape: Shape, add: bool, count: usize, table: Address) -> Result<(), Refused> {
+        use blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as COMPUTE;
+        use blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT as ALGORITHM;
+        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+        use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        // the library reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
+        let (types, [m, k, n], [ta, tb]) = shape;
+        let [t, t_sums] = types.map(|element| match element {
+            Type::F32 => CUDA_R_32F,
+            Type::Bf16 => CUDA_R_16BF,
+        });
+        let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
+        let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
+        let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
+        let (opa, opb, m, n, k) = (operation(ta), operation(tb), int(m), int(n), int(k));
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
+        let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let handle = *blas.handle();
+        let side = |i: usize| table + (i * count * size_of::<Address>()) as u64;
+        let (a, b, c) =
+            (side(0) as *const *const c_void, side(1) as *const *const c_void, side(2) as *const *mut c_void);
+        let run = || {
+            // SAFETY: the caller's promise
+            let done = unsafe {
+                blas_sys::cublasGemmBatchedEx(
+                    handle,
+                    opb,
+                    opa,
+                    n,
+                    m,
+                    k,
+                    alpha,
+                    b,
+                    t,
+                    ldb,
+                    a,
+                    t,
+                    lda,
+                    beta,
+                    c,
+                    t_sums,
+                    n,
+                    int(count),
+                    COMPUTE,
+                    ALGORITHM,
+                )
+            };
+            done.result().map_err(Refused::of("a batch of products"))
+        };
+        self.span(|| name(&shape, count), count as f64 * flops(&shape), run)
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
     pub fn enter(&self) {
-        self.must("entering its context", self.context.bind_to_thread());
+        self.must(self.context.bind_to_thread().map_err(Refused::of("entering its context")));
+    }
+
+    fn wait(&self) {
+        self.must(self.stream.synchronize().map_err(Refused::of("waiting")));
+    }
+
+    fn plans(&self) -> MutexGuard<'_, Plans> {
+        self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Memory that is not taken from what others leave, and makes nobody give up anything.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn find(&self, bytes: usize) -> Result<Address, Refused> {
+        self.try_alloc(bytes).map_err(Refused::of("memory"))
+    }
+
+    /// # Safety
+    /// The memory must come from `find`, and be used by no work that is still to be enqueued.
+    pub unsafe fn give_up(&self, address: Address) {
+        // SAFETY: the caller's promise; what fails here is a device that has failed, which others will say
+        unsafe { self.release(address) }.ok();
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -269,8 +519,23 @@ impl Gpu {
     fn give_back(&self) -> Result<(), result::DriverError> {
         let all = std::mem::take(&mut self.kept().free);
         // SAFETY: nobody has the addresses
-        all.into_values().flatten().try_for_each(|address| unsafe { self.release(address) })
+        all.into_values().flatten().try_for_each(|Reverse(address)| unsafe { self.release(address) })
     }
+}
+
+/// A product's name and sizes, for people.
+fn name((types, [m, k, n], [ta, tb]): &Shape, count: usize) -> String {
+    let [element, result] = types;
+    let operand = |t: bool, rows: usize, cols: usize| {
+        if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
+    };
+    let batch = if count > 1 { format!("{count} of ") } else { String::new() };
+    let sums = if result == element { String::new() } else { format!(" to {result}") };
+    format!("gemm {element}{sums} {batch}{}·{}", operand(*ta, *m, *k), operand(*tb, *k, *n))
+}
+
+fn flops((_, sizes, _): &Shape) -> f64 {
+    2.0 * sizes.iter().map(|&size| size as f64).product::<f64>()
 }
 
 impl Executor for Gpu {
@@ -280,13 +545,17 @@ impl Executor for Gpu {
             let mut kept = self.kept();
             kept.used += size;
             kept.most = kept.most.max(kept.used);
-            if let Some(address) = kept.free.get_mut(&size).and_then(Vec::pop) {
+            if let Some(Reverse(address)) = kept.free.get_mut(&size).and_then(BinaryHeap::pop) {
                 return address;
             }
         }
+        let mut graphs = self.graphs(); // not while the stream is captured: the memory would be the graph's
         self.enter();
         self.try_alloc(size)
             .or_else(|_| {
+                if let Some(graphs) = &mut *graphs {
+                    graphs.flush(self); // it may use what is kept
+                }
                 // what is kept in other sizes, and what the work so far still holds, will be free after it
                 self.give_back()?;
                 self.stream.synchronize()?;
@@ -313,142 +582,78 @@ impl Executor for Gpu {
         let size = rounded(bytes);
         let mut kept = self.kept();
         kept.used -= size;
-        kept.free.entry(size).or_default().push(address);
+        kept.free.entry(size).or_default().push(Reverse(address));
     }
 
     unsafe fn upload(&self, from: &[u8], to: Address) {
-        self.enter();
-        // from ordinary memory: the driver has taken its copy when this returns
         // SAFETY: the caller's promise
-        self.must("upload", unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) });
+        unsafe { self.put(Work::Upload { to, bytes: from.len() }, &[], from) };
     }
 
     unsafe fn download(&self, from: Address, to: &mut [u8]) {
+        let _alone = self.alone();
         self.enter();
         // SAFETY: the caller's promise, and `to` is waited for below
-        self.must("download", unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) });
-        self.sync();
+        let asked = unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) };
+        self.must(asked.map_err(Refused::of("download")));
+        self.wait();
     }
 
     unsafe fn copy(&self, from: Address, to: Address, bytes: usize) {
-        self.enter();
         // SAFETY: the caller's promise
-        self.must("copy", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) });
+        unsafe { self.put(Work::Copy { from, to, bytes }, &[], &[]) };
     }
 
     unsafe fn launch(&self, launch: Launch, args: &[Arg]) {
-        let Launch { kernel, element, grid: [x, y, z], threads, shared } = launch;
-        if [x, y, z].contains(&0) {
-            return;
+        if !launch.grid.contains(&0) {
+            // SAFETY: the caller's promise
+            unsafe { self.put(Work::Launch { launch, args: args.len() }, args, &[]) };
         }
-        self.enter();
-        let function = &self.functions[&(kernel, element)];
-        if shared > 48 << 10 {
-            // more than every device gives without being asked
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
-            self.must(kernel, function.set_attribute(SHARED, shared as i32));
-        }
-        let (function, stream) = (function.cu_function(), self.stream.cu_stream());
-        let mut args = pointers(args);
-        self.span(
-            || format!("{kernel} {element}"),
-            0.0,
-            || {
-                // SAFETY: the caller's promise
-                let started = unsafe {
-                    result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut args)
-                };
-                self.must(kernel, started);
-            },
-        );
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
-        use blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as COMPUTE;
-        use blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT as ALGORITHM;
-        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-        use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
-        let Gemm { element, result, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
+        let Gemm { element, result, m, k, n, transposed, add, ref operands } = *gemm;
+        let shape = ([element, result], [m, k, n], transposed);
         let bytes = result.bytes() * m * n; // of a C
-        self.enter();
         if k == 0 {
-            if !add {
-                let zero = |&[.., c]: &[Address; 3]| {
-                    // SAFETY: the caller's promise
-                    self.must("gemm", unsafe {
-                        result::memset_d8_async(c, 0, bytes, self.stream.cu_stream())
-                    });
-                };
-                operands.iter().for_each(zero);
+            for &[.., c] in operands.iter().filter(|_| !add) {
+                // SAFETY: the caller's promise
+                unsafe { self.put(Work::Zero { at: c, bytes }, &[], &[]) };
             }
             return;
         }
-        let name = || {
-            let operand = |t: bool, rows, cols| {
-                if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
-            };
-            let batch = if operands.len() > 1 { format!("{} of ", operands.len()) } else { String::new() };
-            let sums = if result == element { String::new() } else { format!(" to {result}") };
-            format!("gemm {element}{sums} {batch}{}·{}", operand(ta, m, k), operand(tb, k, n))
-        };
-        let flops = 2.0 * m as f64 * k as f64 * n as f64 * operands.len() as f64;
-        if let &[[a, b, c]] = &operands[..] {
-            let shape = ([element, result], [m, k, n], [ta, tb]);
-            let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if !plans.has(&shape) {
+        if let &[operands @ [a, b, c]] = &operands[..] {
+            if !self.plans().has(&shape) {
                 let other = add.then(|| self.alloc(bytes)); // C is there to be added to
+                let _alone = self.alone();
+                self.enter();
                 // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
-                let made = unsafe { plans.make(&self.stream, shape, [a, b, other.unwrap_or(c)]) };
-                if let Some(other) = other {
-                    // SAFETY: allocated with as many bytes
-                    unsafe { self.free(other, bytes) };
-                }
-                self.must(&name(), made);
+                let made = unsafe {
+                    let made = self.plans().make(&self.stream, shape, [a, b, other.unwrap_or(c)]);
+                    if let Some(other) = other {
+                        self.free(other, bytes);
+                    }
+                    made
+                };
+                self.must(made.map_err(Refused::of(name(&shape, 1))));
             }
             // SAFETY: the caller's promise
-            let run = || self.must(&name(), unsafe { plans.run(&self.stream, &shape, [a, b, c], add) });
-            return self.span(name, flops, run);
+            return unsafe { self.put(Work::Product { shape, add, operands }, &[], &[]) };
         }
-        // a batch: arrays of pointers, on the device, first all A, then all B, then all C. The library reads by columns, so what it
-        // sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
-        let [t, t_sums] = [element, result].map(|element| match element {
-            Type::F32 => CUDA_R_32F,
-            Type::Bf16 => CUDA_R_16BF,
-        });
-        let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
-        let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
-        let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
-        let (opa, opb, m, n, k) = (operation(ta), operation(tb), int(m), int(n), int(k));
-        let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
-        let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
-        let blas = self.blas.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let handle = *blas.handle();
-        let count = operands.len();
+        // a batch: arrays of pointers
         let addresses: Vec<u8> =
             (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
         let table = self.alloc(addresses.len());
         // SAFETY: the table is as long; the products are the caller's promise; the table is freed behind them
         unsafe {
             self.upload(&addresses, table);
-            let side = |i: usize| table + (i * count * size_of::<Address>()) as u64;
-            let (a, b, c) = (
-                side(0) as *const *const c_void,
-                side(1) as *const *const c_void,
-                side(2) as *const *mut c_void,
-            );
-            self.span(name, flops, || {
-                let count = int(count);
-                let done = blas_sys::cublasGemmBatchedEx(
-                    handle, opb, opa, n, m, k, alpha, b, t, ldb, a, t, lda, beta, c, t_sums, n, count,
-                    COMPUTE, ALGORITHM,
-                );
-                self.must("a batch of products", done.result());
-            });
+            self.put(Work::Batch { shape, add, count: operands.len(), table }, &[], &[]);
             self.free(table, addresses.len());
         }
     }
 
     fn sync(&self) {
-        self.must("waiting", self.stream.synchronize());
+        let _alone = self.alone();
+        self.wait();
     }
 }

@@ -14,7 +14,7 @@ use std::fmt::{self, Debug, Display, Formatter};
 pub type Address = u64;
 
 /// One argument of a kernel: its bits, from the lowest on, as its C type has them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arg(u64);
 
 impl From<u32> for Arg {
@@ -72,7 +72,7 @@ impl Display for Type {
 }
 
 /// How a kernel is started.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {
     pub kernel: &'static str,
     /// Which of the kernels of this name.

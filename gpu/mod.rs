@@ -2,7 +2,8 @@
 //!
 //! From below: kernels/ (the sources), [`executor`] (what they need of a device), cuda.rs (a real one: feature `cuda`) and
 //! simulator.rs (the same kernels on the processor: feature `simulator`, for tests), [`Cuda`] (the methods of
-//! [`Backend`](crate::tensor::Backend) over it), nccl.rs (several GPUs), probe.rs (which devices there are). The tape and everything above does not
+//! [`Backend`](crate::tensor::Backend) over it), graphs.rs (work
+//! that comes again, launched as a whole), nccl.rs (several GPUs), probe.rs (which devices there are). The tape and everything above does not
 //! know what it runs on. docs/gpu.md says what has been tested and how.
 
 mod backend;
@@ -11,6 +12,8 @@ mod compile;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod executor;
+#[cfg(feature = "cuda")]
+mod graphs;
 pub mod kernels;
 #[cfg(feature = "cuda")]
 mod nccl;
@@ -26,6 +29,8 @@ pub use backend::{Buffer, Cuda, Memory, OnGpu};
 pub use compile::compile;
 #[cfg(feature = "cuda")]
 pub use cuda::KernelTime;
+#[cfg(feature = "cuda")]
+pub use graphs::GraphUse;
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 #[cfg(feature = "cuda")]

@@ -140,6 +140,7 @@ impl Nccl {
         let gpu = gpu(&self.device);
         let mut communicator = self.communicator.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let own = communicator.ok_or_else(|| Failed("NCCL was given up before".into()))?;
+        let _alone = gpu.alone();
         gpu.enter();
         let api = self.api;
         // SAFETY: takes nothing

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -45,9 +46,22 @@ extern "C" {
 // ---- libcuda; 0 is success, 1 an invalid value, 2 out of memory, 201 no context, 600 not ready. A device is its own context.
 
 struct Device;
+struct Function {
+    char name[64];
+    size_t shared; // allowed
+};
+// Of a graph: all nodes follow each other. A kernel's has its function.
+struct Node {
+    std::function<int()> run;
+    Function* function;
+};
+struct Graph {
+    std::vector<Node*> nodes;
+};
 struct Stream {
     Device* device;
     std::atomic<bool> waiting; // for others to make the same calls of NCCL
+    Graph* captured;           // what is enqueued goes there
 };
 static struct Device {
     size_t used;
@@ -62,9 +76,18 @@ static const char* const BYTES = getenv("RANKGRAD_FAKE_BYTES");
 static const int MAJOR = getenv("RANKGRAD_FAKE_MAJOR") ? atoi(getenv("RANKGRAD_FAKE_MAJOR")) : 9; // compute capability
 static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
 
-// Nothing here enqueues behind what waits for others: it could not be carried out at once.
-static int bad(const Stream* stream) {
-    return !context ? 201 : stream != &context->stream ? 1 : stream->waiting ? 600 : 0;
+// Nothing here enqueues behind what waits for others: it could not be carried out at once. 900: not while the stream is captured.
+static int bad(const Stream* stream, bool may_be_captured = false) {
+    if (!context) return 201;
+    if (stream != &context->stream) return 1;
+    return stream->waiting ? 600 : stream->captured && !may_be_captured ? 900 : 0;
+}
+
+// What may be captured: done now, or whenever the graph is launched.
+static int enqueue(const Stream* stream, std::function<int()> run, Function* function = nullptr) {
+    if (int code = bad(stream, true)) return code;
+    if (!stream->captured) return run();
+    return stream->captured->nodes.push_back(new Node{run, function}), 0;
 }
 
 int cuInit(unsigned) { return 0; }
@@ -137,21 +160,18 @@ int cuMemFreeAsync(uint64_t address, const Stream* stream) {
     return free(head(address)), 0;
 }
 static int copy(void* to, const void* from, size_t bytes, const Stream* stream) {
-    int code = bad(stream);
+    int code = bad(stream); // host memory of a captured copy would have to stay
     return code ? code : (memcpy(to, from, bytes), 0);
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, const Stream* s) { return copy((void*)to, from, n, s); }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, const Stream* s) { return copy(to, (void*)from, n, s); }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, const Stream* s) { return copy((void*)to, (void*)from, n, s); }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, const Stream* s) {
+    return enqueue(s, [=] { return memcpy((void*)to, (void*)from, n), 0; });
+}
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, const Stream* s) {
-    int code = bad(s);
-    return code ? code : (memset((void*)to, value, n), 0);
+    return enqueue(s, [=] { return memset((void*)to, value, n), 0; });
 }
 
-struct Function {
-    char name[64];
-    size_t shared; // allowed
-};
 int cuModuleLoadData(const void** module, const char* image) {
     return memcmp(image, "image", 5) ? 200 : (*module = "module", 0);
 }
@@ -164,15 +184,79 @@ int cuFuncSetAttribute(Function* function, int which, int value) {
     return which != 8 || value > (227 << 10) ? 1 : (function->shared = value, 0);
 }
 const char* simulate(const char*, const unsigned*, unsigned, size_t, unsigned, void**, size_t);
+// A launch with copies of its arguments.
+static std::function<int()> launch_of(Function* function, std::vector<unsigned> grid, unsigned threads, unsigned shared, void** args) {
+    std::vector<uint64_t> values;
+    simulator::arguments = &values;
+    const bool none = simulate(function->name, grid.data(), threads, shared, 0, args, simulator::ANY_COUNT);
+    simulator::arguments = nullptr;
+    if (none) return nullptr;
+    return [=]() mutable {
+        std::vector<void*> pointers;
+        for (auto& value : values) pointers.push_back(&value);
+        calls++;
+        static thread_local unsigned schedule;
+        return simulate(function->name, grid.data(), threads, shared, schedule++, pointers.data(), pointers.size()) ? 700 : 0;
+    };
+}
 int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    const Stream* stream, void** args, void** extra) {
-    if (int code = bad(stream)) return code;
+    if (int code = bad(stream, true)) return code;
     if (!gx || !gy || !gz || by != 1 || bz != 1 || shared > function->shared || extra) return 1;
     if (FAILS && !strcmp(FAILS, function->name)) return 700;
-    const unsigned grid[3] = {gx, gy, gz};
-    calls++;
-    static thread_local unsigned schedule;
-    return simulate(function->name, grid, bx, shared, schedule++, args, simulator::ANY_COUNT) ? 700 : 0;
+    const auto launch = launch_of(function, {gx, gy, gz}, bx, shared, args);
+    return launch ? enqueue(stream, launch, function) : 500;
+}
+
+// Graphs: a capture of kind 2 (relaxed). RANKGRAD_FAKE_CAPTURES=0: none can be ended.
+static const char* const CAPTURES = getenv("RANKGRAD_FAKE_CAPTURES");
+int cuStreamBeginCapture_v2(Stream* stream, int kind) {
+    if (int code = bad(stream)) return code;
+    return kind != 2 ? 1 : (stream->captured = new Graph, 0);
+}
+int cuStreamEndCapture(Stream* stream, Graph** graph) {
+    if (!stream->captured) return 1;
+    *graph = stream->captured, stream->captured = nullptr;
+    return CAPTURES && *CAPTURES == '0' ? 901 : 0;
+}
+int cuStreamGetCaptureInfo_v3(const Stream* stream, int* status, void*, void*, Node* const** last, void*, size_t* count) {
+    if (!stream->captured) return *status = 0, 0;
+    auto& nodes = stream->captured->nodes;
+    return *status = 1, *count = !nodes.empty(), *last = nodes.data() + nodes.size() - *count, 0;
+}
+int cuGraphDestroy(Graph* graph) {
+    for (Node* node : graph->nodes) delete node;
+    return delete graph, 0;
+}
+// An executable graph: the nodes as they were, under the names of those of the graph.
+struct Exec {
+    std::vector<std::pair<const Node*, Node>> nodes;
+};
+int cuGraphInstantiateWithFlags(Exec** exec, const Graph* graph, uint64_t flags) {
+    *exec = new Exec;
+    for (const Node* node : graph->nodes) (*exec)->nodes.push_back({node, *node});
+    return flags != 0;
+}
+int cuGraphExecDestroy(Exec* exec) { return delete exec, 0; }
+struct KernelParams {
+    Function* function;
+    unsigned grid[3], block[3], shared;
+    void **args, **extra, *kernel, *context;
+};
+int cuGraphExecKernelNodeSetParams_v2(Exec* exec, const Node* node, const KernelParams* p) {
+    for (auto& own : exec->nodes) {
+        if (own.first != node) continue;
+        if (own.second.function != p->function || p->extra || p->shared > p->function->shared) return 1;
+        own.second.run = launch_of(p->function, {p->grid[0], p->grid[1], p->grid[2]}, p->block[0], p->shared, p->args);
+        return !own.second.run;
+    }
+    return 1;
+}
+int cuGraphLaunch(Exec* exec, const Stream* stream) {
+    int code = bad(stream);
+    for (auto& node : exec->nodes)
+        if (!code) code = node.second.run();
+    return code;
 }
 
 // ---- libcublas, by columns: element (i, j) of a matrix lies at i + j·ld
@@ -180,22 +264,20 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
 int cublasCreate_v2(Device** handle) { return *handle = context, !context; }
 int cublasDestroy_v2(const Device*) { return 0; }
 int cublasSetStream_v2(const Device* handle, const Stream* stream) { return stream != &handle->stream; }
+int cublasSetWorkspace_v2(const void*, void* memory, size_t bytes) { return !memory || bytes != 32 << 20; }
 int cublasSetMathMode(const void*, int mode) { return mode != 16; } // no sum of bf16 products in bf16
-int cublasGemmEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* a, int at, int lda, const void* b,
-                 int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int) {
-    const bool ta = opa == 1, tb = opb == 1;
-    if (bad(&handle->stream)) return 13;
-    calls++;
-    if (at != bt || compute != 68) return 7; // CUBLAS_COMPUTE_32F
-    return gemm_of(at, ct, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
 int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
                         int lda, const void* const* b, int bt, int ldb, const float* beta, void* const* c, int ct, int ldc, int count,
-                        int compute, int algorithm) {
-    int code = 0;
-    for (int i = 0; i < count; i++)
-        code |= cublasGemmEx(handle, opa, opb, m, n, k, alpha, a[i], at, lda, b[i], bt, ldb, beta, c[i], ct, ldc, compute, algorithm);
-    return code;
+                        int compute, int) {
+    if (at != bt || compute != 68) return 7; // CUBLAS_COMPUTE_32F
+    const float factors[2] = {*alpha, *beta};
+    const auto products = [=] {
+        int code = 0;
+        for (int i = 0; i < count; i++, calls++)
+            code |= gemm_of(at, ct, opa == 1, opb == 1, m, n, k, factors, a[i], lda, b[i], ldb, factors + 1, c[i], ldc);
+        return code;
+    };
+    return enqueue(&handle->stream, products) ? 13 : 0;
 }
 
 // ---- libcublasLt: two algorithms, of which the second is faster, and the first is the one that the library would take
@@ -243,13 +325,17 @@ int cublasLtMatmulAlgoGetHeuristic(const void*, const Product*, const Layout*, c
 int cublasLtMatmul(const void*, const Product* product, const float* alpha, const void* a, const Layout* la, const void* b, const Layout* lb,
                    const float* beta, const void* c, const Layout* lc, void* d, const Layout* ld, const uint64_t* algorithm,
                    const void* workspace, size_t bytes, const Stream* stream) {
-    if (int code = bad(stream)) return code;
+    if (int code = bad(stream, true)) return code;
     const bool ta = product->transposed[0] == 1, tb = product->transposed[1] == 1;
     const uint64_t m = lc->rows, n = lc->cols, k = ta ? la->rows : la->cols;
     if (c != d || lc != ld || !workspace || bytes != 32 << 20 || algorithm[0] > 2 || la->type != lb->type) return 7;
     if ((ta ? la->cols : la->rows) != m || (tb ? lb->cols : lb->rows) != k || (tb ? lb->rows : lb->cols) != n) return 7;
-    calls += algorithm[0];
-    return gemm_of(la->type, lc->type, ta, tb, m, n, k, alpha, a, la->ld, b, lb->ld, beta, d, lc->ld);
+    const int types[2] = {la->type, lc->type}, lds[3] = {(int)la->ld, (int)lb->ld, (int)lc->ld}, time = algorithm[0];
+    const float factors[2] = {*alpha, *beta};
+    return enqueue(stream, [=] {
+        calls += time;
+        return gemm_of(types[0], types[1], ta, tb, m, n, k, factors, a, lds[0], b, lds[1], factors + 1, d, lds[2]);
+    });
 }
 
 // ---- libnvrtc

@@ -253,6 +253,10 @@ fn indices_out_of_range_are_refused() {
 
 /// A model with a pair, an embedding, a gain and a head; values and gradients of every step, and the weights after the last.
 fn spectron_steps<B: Backend<Wide = B>>(device: &B) -> Vec<Vec<f64>> {
+    some_spectron_steps(device, 4)
+}
+
+fn some_spectron_steps<B: Backend<Wide = B>>(device: &B, steps: usize) -> Vec<Vec<f64>> {
     let (tokens, d, m, r, v) = (24, 16, 40, 6, 11);
     let mut params = Params::default();
     let embedding = params.dense("embedding", draw(device, 1, &[v, d])); // [v, d]
@@ -266,7 +270,7 @@ fn spectron_steps<B: Backend<Wide = B>>(device: &B) -> Vec<Vec<f64>> {
     let targets: Vec<u32> = (0..tokens).map(|i| (5 * i + 1) % v as u32).collect();
     let mut optimizer = Optimizer::spectron(&params);
     let mut seen = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..steps {
         let tape = Tape::new(device);
         let w = params.on(&tape);
         let x = w[embedding].embedding(&ids).rms_norm(w[gain], 1e-5); // [tokens, d]
@@ -916,6 +920,7 @@ fn on_a_fake_driver() {
                 assert!(fine, "{count} products, {k}, {ta} {tb}: {single:e} {half:e} {wide:e}");
             }
         }
+        graphs_change_no_bit(&gpu);
         // what one size leaves behind is given up for another
         [600, 700].into_iter().for_each(|mib| drop(Tensor::scratch(&gpu, [mib << 18])));
         let too_much =
@@ -926,6 +931,39 @@ fn on_a_fake_driver() {
             "{said}"
         );
     }
+}
+
+/// Work that comes again is launched as graphs, with other numbers and addresses each time, and does the same.
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn graphs_change_no_bit(gpu: &Cuda<f32>) {
+    assert_eq!(gpu.graph_use(), None);
+    let plain = some_spectron_steps(gpu, 10);
+    gpu.use_graphs(true).unwrap();
+    for _ in 0..4 {
+        assert!(is_right::<f32>(gpu, 1, Work::All) && is_right::<Bf16>(gpu, 1, Work::All));
+    }
+    // three at a time, so that what they write down is mixed
+    [1, 1, 1].into_par_iter().for_each(|times| assert!(is_right::<f32>(gpu, times, Work::All)));
+    gpu.use_graphs(true).unwrap(); // counted from here
+    assert!(some_spectron_steps(gpu, 10) == plain);
+    let used = gpu.graph_use().expect("they are on");
+    assert!(used.captured > 0 && used.launched > 2 * used.captured && used.changed > 0, "{used:?}");
+    // a graph's uploads are those of now: the same launch on the same memory, with other numbers
+    let table = draw(gpu, 3, &[50, 8]); // [50, 8]
+    let rows = |ids: &[u32]| ids.iter().fold(table.clone(), |x, &id| x.add(&gathered(&table, id))).to_f64();
+    let first = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5], [40, 30, 20, 10]].map(|ids| rows(&ids));
+    // who takes the times of kernels sees each
+    gpu.watch_kernels();
+    table.scale(2.0);
+    assert_eq!(gpu.kernel_times()["axpby f32"].calls, 1);
+    gpu.use_graphs(false).unwrap();
+    assert!(first == [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5], [40, 30, 20, 10]].map(|ids| rows(&ids)));
+}
+
+/// Row `id` of `table` [50, 8], fifty times.
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn gathered(table: &Tensor<Cuda<f32>>, id: u32) -> Tensor<Cuda<f32>> {
+    Cuda::embedding(table, &[id; 50]) // [50, 8]
 }
 
 /// Two tensors that each worker draws for itself.

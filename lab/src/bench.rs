@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::cli::BenchArgs;
 use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
-use crate::device::{self, Device, KernelTime, Watch, on_device};
+use crate::device::{self, Device, GraphUse, KernelTime, Watch, on_device};
 use crate::error::{Error, Result};
 use crate::flops::{Work, op_work, step_flops};
 use crate::run::peak_memory_mib;
@@ -41,6 +41,9 @@ struct Report {
     /// Of the process, and of the GPU's memory.
     peak_memory_mib: Option<f64>,
     device_memory_mib: Option<f64>,
+    /// What CUDA graphs did in all steps so far, those that are not timed too; None without them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    graphs: Option<GraphUse>,
     /// With a profile of a GPU: in all timed steps together, taken once more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<KernelTime>,
@@ -88,6 +91,12 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     }
     if let Some(peak) = report.device_memory_mib {
         crate::say!("peak memory of the device {peak:.0} MiB");
+    }
+    if let Some(GraphUse { captured, launched, replayed, single, changed }) = report.graphs {
+        crate::say!(
+            "CUDA graphs: {captured} captured, {launched} launched; {replayed} of {} pieces of work in them, {changed} with other arguments",
+            replayed + single
+        );
     }
     if !times.is_empty() {
         crate::say!("{}", table(&times, &op_work(&config), args.steps));
@@ -263,6 +272,7 @@ fn round<B: Watch>(
         params: trainer.params.count(),
         peak_memory_mib: peak_memory_mib(),
         device_memory_mib,
+        graphs: device.graph_use(),
         kernels,
     })
 }

@@ -110,6 +110,20 @@ pub trait Watch: Backend {
     fn peak_bytes(&self) -> Option<usize> {
         None
     }
+    /// What CUDA graphs did so far; None where there are none.
+    fn graph_use(&self) -> Option<GraphUse> {
+        None
+    }
+}
+
+/// As [`rankgrad::gpu::GraphUse`], which is not there without GPUs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GraphUse {
+    pub captured: usize,
+    pub launched: usize,
+    pub replayed: usize,
+    pub single: usize,
+    pub changed: usize,
 }
 
 /// What a kernel took on the device in all its calls.
@@ -140,6 +154,10 @@ impl Watch for rankgrad::gpu::Cuda<f32> {
     }
     fn peak_bytes(&self) -> Option<usize> {
         Some(self.peak_bytes())
+    }
+    fn graph_use(&self) -> Option<GraphUse> {
+        let rankgrad::gpu::GraphUse { captured, launched, replayed, single, changed } = self.graph_use()?;
+        Some(GraphUse { captured, launched, replayed, single, changed })
     }
 }
 

@@ -183,6 +183,21 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let two = loss(["two", "--devices cuda:0,cuda:1", "--device cuda:1"]);
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
     assert!((cpu - two).abs() < 1e-4, "{cpu}, on two GPUs {two}");
+    // as graphs, to the bit; and where the driver captures none
+    let tensors = |out: &str| {
+        let file = std::fs::read(desk.path(out).join("step-00000006.safetensors")).unwrap();
+        let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize; // has times in it
+        file[8 + header..].to_vec()
+    };
+    for captures in ["1", "0"] {
+        let line = format!("{train} --device cuda --out graphs-{captures}");
+        let mut command = desk.command(&line);
+        command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+        command.env("RANKGRAD_CUDA_GRAPHS", "1").env("RANKGRAD_FAKE_CAPTURES", captures);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(tensors(&format!("graphs-{captures}")) == tensors("cuda"), "{captures}");
+    }
     // in bf16, and gone on with in it
     let train = "train --data text --config small.toml --quiet --steps 6 --precision bf16-newton-schulz --device cuda --out half";
     run(&format!("{train} --stop-after 3"));

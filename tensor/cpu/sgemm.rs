@@ -101,7 +101,11 @@ library!(dgemm, f64, dgemm);
 /// # Safety
 /// As [`sgemm`].
 #[inline(always)]
-unsafe fn blocks<S: Simd, const H: usize, const V: usize>(simd: S, product: Product<f32>, packed: [&mut [f32]; 2]) {
+unsafe fn blocks<S: Simd, const H: usize, const V: usize>(
+    simd: S,
+    product: Product<f32>,
+    packed: [&mut [f32]; 2],
+) {
     let Product { sizes: [m, k, n], a: (a, a_row, a_col), b: (b, b_row, b_col), accum, c: (c, c_row), lower } =
         product;
     let (width, lanes) = (V * S::F32_LANES, S::F32_LANES);
