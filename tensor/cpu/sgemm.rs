@@ -9,11 +9,13 @@ use super::{Accum, prefetch};
 use pulp::{Simd, WithSimd};
 use std::cell::RefCell;
 
-/// Blocks of k, m and n: a strip of A (a tile's height × KC) stays in the first-level cache while it meets all panels of B (KC ×
-/// a tile's width), which stay in the second with the block of A (MC×KC). MC is a multiple of both tile heights.
-const KC: usize = 256;
+/// Blocks of k, of m, and of n in panels: a strip of A (a tile's height × k) stays in the first-level cache while it meets all panels of B
+/// (k × a tile's width), which stay in the second with the block of A. The fewer blocks of k, the less often C is read and written; [k, panels]
+/// where there are 32 registers, as with AVX-512, which comes with a second level of 1 MiB or more, and where there are 16. MC is a
+/// multiple of both tile heights.
+const WITH_32: [usize; 2] = [384, 10];
+const WITH_16: [usize; 2] = [256, 16];
 const MC: usize = 240;
-const PANELS: usize = 16;
 
 /// The most elements across a tile: three registers of 16.
 const WIDEST: usize = 48;
@@ -49,9 +51,10 @@ pub unsafe fn sgemm(product: Product<f32>) {
 /// As [`sgemm`].
 unsafe fn sgemm_on(arch: pulp::Arch, product: Product<f32>) {
     PACKED.with_borrow_mut(|packed| {
-        packed.resize(KC * PANELS * WIDEST + (KC + 1) * MC + 16, 0.0);
+        let [k_most, panels] = WITH_32;
+        packed.resize(k_most * panels * WIDEST + (k_most + 1) * MC + 16, 0.0);
         let skip = packed.as_ptr().align_offset(64); // loads of a whole cache line should not straddle two
-        let (b, a) = packed[skip..].split_at_mut(KC * PANELS * WIDEST);
+        let (b, a) = packed[skip..].split_at_mut(k_most * panels * WIDEST);
         arch.dispatch(Run { product, packed: [a, b] });
     })
 }
@@ -72,8 +75,8 @@ impl WithSimd for Run<'_> {
         unsafe {
             match S::REGISTER_COUNT {
                 _ if S::F32_LANES == 1 => portable_sgemm(self.product),
-                32 => blocks::<S, 8, 3>(simd, self.product, self.packed),
-                _ => blocks::<S, 6, 2>(simd, self.product, self.packed),
+                32 => blocks::<S, 8, 3>(simd, WITH_32, self.product, self.packed),
+                _ => blocks::<S, 6, 2>(simd, WITH_16, self.product, self.packed),
             }
         }
     }
@@ -103,6 +106,7 @@ library!(dgemm, f64, dgemm);
 #[inline(always)]
 unsafe fn blocks<S: Simd, const H: usize, const V: usize>(
     simd: S,
+    [k_most, panels_most]: [usize; 2],
     product: Product<f32>,
     packed: [&mut [f32]; 2],
 ) {
@@ -110,17 +114,17 @@ unsafe fn blocks<S: Simd, const H: usize, const V: usize>(
         product;
     let (width, lanes) = (V * S::F32_LANES, S::F32_LANES);
     // blocks of k of nearly one size, whatever m and n are: the sums must not depend on how C is cut
-    let k_step = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
+    let k_step = k.div_ceil(k.div_ceil(k_most).max(1)).max(1);
     // a transposed A that few panels read is not worth a copy
     let copy_a = a_col != 1 && n > 2 * width;
     // nor is a B whose panels few tiles read, or that is a panel already; rows that end within a panel would be read beyond their end
     let not_worth_it = m <= 4 * H || (n == width && b_row == width as isize);
     let copy_b = !(not_worth_it && b_col == 1 && n.is_multiple_of(lanes));
     let [a_packed, b_packed] = packed.map(<[f32]>::as_mut_ptr);
-    // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks (MC, KC, PANELS)
+    // SAFETY: all offsets stay inside the operands (m, k, n) or the packed blocks
     unsafe {
-        for j0 in (0..n).step_by(PANELS * width) {
-            let nc = (PANELS * width).min(n - j0);
+        for j0 in (0..n).step_by(panels_most * width) {
+            let nc = (panels_most * width).min(n - j0);
             for p0 in (0..k.max(1)).step_by(k_step) {
                 let kc = k_step.min(k - p0);
                 let accum = if p0 > 0 { Accum::Add } else { accum };
