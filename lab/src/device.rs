@@ -116,7 +116,7 @@ pub trait Watch: Backend {
     }
 }
 
-/// As [`rankgrad::gpu::GraphUse`], which is not there without GPUs.
+/// What CUDA graphs did; the library has the same, with GPUs only.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct GraphUse {
     pub captured: usize,
