@@ -336,7 +336,7 @@ impl Gpu {
                     let plans = self.plans();
                     let run = || {
                         let done = plans.run(&self.stream, &shape, operands, add);
-                        done.map_err(Refused::of(name(&shape, 1)))
+                        done.map_err(|why| Refused::of(name(&shape, 1))(why))
                     };
                     self.span(|| name(&shape, 1), flops(&shape), run)
                 }
@@ -635,7 +635,7 @@ impl Executor for Gpu {
                     }
                     made
                 };
-                self.must(made.map_err(Refused::of(name(&shape, 1))));
+                self.must(made.map_err(|why| Refused::of(name(&shape, 1))(why)));
             }
             // SAFETY: the caller's promise
             return unsafe { self.put(Work::Product { shape, add, operands }, &[], &[]) };
