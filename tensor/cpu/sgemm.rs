@@ -8,6 +8,7 @@
 use super::{Accum, prefetch};
 use pulp::{Simd, WithSimd};
 use std::cell::RefCell;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Blocks of k, of m, and of n in panels: a strip of A (a tile's height × k) stays in the first-level cache while it meets all panels of B
 /// (k × a tile's width), which stay in the second with the block of A. The fewer blocks of k, the less often C is read and written; [k, panels]
@@ -390,6 +391,8 @@ unsafe fn add_products<S: Simd, const H: usize, const V: usize>(
         while left >= STEPS {
             for p in 0..STEPS as isize {
                 add_product(simd, a.offset(p * a_col), a_row, b.offset(p * b_row), sums);
+                // otherwise loads of the next step come before this one's products, and with 16 registers a sum goes to memory
+                compiler_fence(Ordering::SeqCst);
             }
             (a, b) = (a.offset(STEPS as isize * a_col), b.offset(STEPS as isize * b_row));
             left -= STEPS;
