@@ -391,8 +391,10 @@ unsafe fn add_products<S: Simd, const H: usize, const V: usize>(
         while left >= STEPS {
             for p in 0..STEPS as isize {
                 add_product(simd, a.offset(p * a_col), a_row, b.offset(p * b_row), sums);
-                // otherwise loads of the next step come before this one's products, and with 16 registers a sum goes to memory
-                compiler_fence(Ordering::SeqCst);
+                // otherwise the compiler loads for the next step before this one's products, for which 16 registers are too few: a sum goes to memory
+                if S::REGISTER_COUNT == 16 {
+                    compiler_fence(Ordering::SeqCst);
+                }
             }
             (a, b) = (a.offset(STEPS as isize * a_col), b.offset(STEPS as isize * b_row));
             left -= STEPS;
