@@ -160,8 +160,8 @@ impl Cuda<f32> {
     pub fn use_graphs(&self, on: bool) -> Result<(), Unavailable> {
         let Some(gpu) = self.gpu() else { return Ok(()) };
         if on && !graphs::supported() {
-            let why = "graphs need a driver for CUDA 12.3 or later: leave out RANKGRAD_CUDA_GRAPHS";
-            return Err(Unavailable::Failed(format!("cuda:{}: {why}", gpu.ordinal)));
+            let why = "graphs need a driver for CUDA 12.3 or later: leave out";
+            return Err(Unavailable::Failed(format!("cuda:{}: {why} {}", gpu.ordinal, graphs::SWITCH)));
         }
         let mut graphs = gpu.alone();
         if let Some(mut before) = graphs.take() {

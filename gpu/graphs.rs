@@ -13,6 +13,7 @@ use super::executor::{Address, Arg, Launch, pointers};
 use super::plans::Shape;
 use cudarc::driver::{CudaGraph, result, sys};
 use std::collections::HashMap;
+use std::fmt::{self, Debug, Display, Formatter};
 use std::ops::Range;
 
 /// In the environment, 1 turns graphs on for every GPU that is opened.
@@ -116,8 +117,8 @@ struct Graph {
 // SAFETY: the driver's graphs belong to no thread; a mutex has them used by one at a time
 unsafe impl Send for Graph {}
 
-impl std::fmt::Debug for Graph {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Debug for Graph {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.debug_struct("Graph").field("kernels", &self.nodes.len()).finish_non_exhaustive()
     }
 }
@@ -135,6 +136,17 @@ pub struct GraphUse {
     pub single: usize,
     /// Arguments of kernels that were set anew, counted by kernels.
     pub changed: usize,
+}
+
+impl Display for GraphUse {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { captured, launched, replayed, single, changed } = *self;
+        let pieces = replayed + single;
+        write!(
+            f,
+            "{captured} captured, {launched} launched; {replayed} of {pieces} pieces of work in them, {changed} with other arguments"
+        )
+    }
 }
 
 /// What is written down, and what is known.
@@ -195,28 +207,30 @@ impl Graphs {
         }
         let mut stretch = std::mem::take(&mut self.stretch); // whatever fails below is not done again
         gpu.enter();
-        if let Some(known @ Known::Once) = self.known.get_mut(&stretch.work[..])
+        let mut known = self.known.get_mut(&stretch.work[..]);
+        if let Some(known @ Known::Once) = &mut known
             && pieces >= SHORTEST
         {
-            *known = capture(gpu, &stretch).map_or(Known::Unfit, Known::Graph);
+            **known = capture(gpu, &stretch).map_or(Known::Unfit, Known::Graph);
             self.seen.captured += usize::from(matches!(known, Known::Graph(_)));
         }
-        match self.known.get_mut(&stretch.work[..]) {
+        match known {
             Some(Known::Graph(graph)) => {
                 self.seen.changed += gpu.must(graph.replay(gpu, &stretch));
                 self.seen.launched += 1;
                 self.seen.replayed += pieces;
             }
             known => {
+                let new = known.is_none();
                 for (work, args, bytes) in stretch.pieces() {
                     // SAFETY: who put it has promised
                     gpu.must(unsafe { gpu.enqueue(work, &stretch.args[args], &stretch.bytes[bytes]) });
                 }
                 self.seen.single += pieces;
-                if known.is_none() {
-                    if self.known.len() >= KNOWN {
-                        self.forget(gpu);
-                    }
+                if new && self.known.len() >= KNOWN {
+                    self.forget(gpu);
+                }
+                if new {
                     self.known.insert(stretch.work.clone(), Known::Once);
                 }
             }

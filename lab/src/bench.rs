@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::cli::BenchArgs;
 use crate::config::{Config, Method, Overrides, Preset};
 use crate::data::Batch;
-use crate::device::{self, Device, GraphUse, KernelTime, Watch, on_device};
+use crate::device::{self, Device, KernelTime, Watch, on_device};
 use crate::error::{Error, Result};
 use crate::flops::{Work, op_work, step_flops};
 use crate::run::peak_memory_mib;
@@ -43,7 +43,7 @@ struct Report {
     device_memory_mib: Option<f64>,
     /// What CUDA graphs did in all steps so far, those that are not timed too; None without them.
     #[serde(skip_serializing_if = "Option::is_none")]
-    graphs: Option<GraphUse>,
+    graphs: Option<String>,
     /// With a profile of a GPU: in all timed steps together, taken once more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<KernelTime>,
@@ -92,11 +92,8 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     if let Some(peak) = report.device_memory_mib {
         crate::say!("peak memory of the device {peak:.0} MiB");
     }
-    if let Some(GraphUse { captured, launched, replayed, single, changed }) = report.graphs {
-        crate::say!(
-            "CUDA graphs: {captured} captured, {launched} launched; {replayed} of {} pieces of work in them, {changed} with other arguments",
-            replayed + single
-        );
+    if let Some(used) = &report.graphs {
+        crate::say!("CUDA graphs: {used}");
     }
     if !times.is_empty() {
         crate::say!("{}", table(&times, &op_work(&config), args.steps));

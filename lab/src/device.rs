@@ -111,19 +111,9 @@ pub trait Watch: Backend {
         None
     }
     /// What CUDA graphs did so far; None where there are none.
-    fn graph_use(&self) -> Option<GraphUse> {
+    fn graph_use(&self) -> Option<String> {
         None
     }
-}
-
-/// What CUDA graphs did; the library has the same, with GPUs only.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct GraphUse {
-    pub captured: usize,
-    pub launched: usize,
-    pub replayed: usize,
-    pub single: usize,
-    pub changed: usize,
 }
 
 /// What a kernel took on the device in all its calls.
@@ -155,9 +145,8 @@ impl Watch for rankgrad::gpu::Cuda<f32> {
     fn peak_bytes(&self) -> Option<usize> {
         Some(self.peak_bytes())
     }
-    fn graph_use(&self) -> Option<GraphUse> {
-        let rankgrad::gpu::GraphUse { captured, launched, replayed, single, changed } = self.graph_use()?;
-        Some(GraphUse { captured, launched, replayed, single, changed })
+    fn graph_use(&self) -> Option<String> {
+        self.graph_use().map(|used| used.to_string())
     }
 }
 

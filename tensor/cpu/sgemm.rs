@@ -194,8 +194,6 @@ unsafe fn pack_b<S: Simd, const V: usize>(
     panel: *mut f32,
 ) {
     let width = V * S::F32_LANES;
-    // 4×4 at a time, which the compiler turns into shuffles of registers
-    let whole = if b_row == 1 { kc - kc % 4 } else { 0 };
     // SAFETY: the caller's promise; `p` < kc and `j` < cols
     unsafe {
         if cols < width {
@@ -211,6 +209,8 @@ unsafe fn pack_b<S: Simd, const V: usize>(
                 panel.add(p * width).cast::<[S::f32s; V]>().write_unaligned(from.read_unaligned());
             }
         } else {
+            // 4×4 at a time, which the compiler turns into shuffles of registers
+            let whole = if b_row == 1 { kc - kc % 4 } else { 0 };
             for p in (0..whole).step_by(4) {
                 for j in (0..width).step_by(4) {
                     let mut x = [[0.0f32; 4]; 4];
