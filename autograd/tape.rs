@@ -302,13 +302,12 @@ impl<B: Backend> Grads<B> {
         let (mut left, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|(x, ..)| self.is_leaf[x.0]);
         others.into_iter().for_each(|(x, a, b)| self.matmul(x, a, b));
         while let Some((first, a, b)) = left.first() {
-            let kind = |a: &Mat<B>, b: &Mat<B>| (a.sizes(), b.sizes(), a.transposed, b.transposed);
-            let (of_one_kind, begun) = (kind(a, b), self.leaves[first.0].is_some());
+            let (of_one_kind, begun) = ((a.kind(), b.kind()), self.leaves[first.0].is_some());
             let mut sums: Vec<(VarId, Tensor<B::Wide>)> = Vec::new();
             let (mut left_operands, mut right_operands, mut later) = (Vec::new(), Vec::new(), Vec::new());
             for (x, a, b) in left {
                 // a leaf that occurs twice is in two batches
-                let alike = kind(&a, &b) == of_one_kind && self.leaves[x.0].is_some() == begun;
+                let alike = (a.kind(), b.kind()) == of_one_kind && self.leaves[x.0].is_some() == begun;
                 if !alike || sums.iter().any(|(other, _)| *other == x) {
                     later.push((x, a, b));
                     continue;

@@ -5,7 +5,8 @@
 
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
 use crate::tensor::{
-    Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Element, Mat, Shape, Tensor, Unary,
+    Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Columns, Element, Mat, Shape, Tensor, Unary,
+    apart, columns_of,
 };
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -100,15 +101,21 @@ impl<T: OnGpu> Cuda<T> {
             [address(y), checked::<X>(x.buffer(), x.len()).address(), alpha | beta << 32, x.len() as u64]
         };
         // SAFETY: the caller's promise, and each row has the fields of a Term
-        unsafe { self.each_row(kernel, terms.into_iter().map(row).collect(), &[]) };
+        unsafe { self.each_row(kernel, terms.into_iter().map(row).collect(), |[.., n]| n as usize, &[]) };
     }
 
-    /// A kernel that looks at the elements of some tensors for each row of a table, each element by itself; a row ends with their number.
+    /// A kernel that looks at the elements of some tensors for each row of a table, each element by itself. `len`: how many.
     ///
     /// # Safety
     /// The rows must be the structs that the kernel takes first, and `more` its other arguments.
-    unsafe fn each_row(&self, kernel: &'static str, table: Vec<[u64; 4]>, more: &[Arg]) {
-        let Some(most) = table.iter().map(|&[.., n]| n as usize).max() else { return };
+    unsafe fn each_row(
+        &self,
+        kernel: &'static str,
+        table: Vec<[u64; 4]>,
+        len: impl Fn([u64; 4]) -> usize,
+        more: &[Arg],
+    ) {
+        let Some(most) = table.iter().copied().map(len).max() else { return };
         let grid = [table.len(), blocks(most.div_ceil(2 * Self::PACK), THREADS).min(512), 1];
         let staged = self.stage(table.as_flattened());
         // SAFETY: the caller's promise
@@ -387,6 +394,26 @@ impl<T: OnGpu> Backend for Cuda<T> {
     fn gemm_wide(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Cuda<f32>>], accum: Accum) {
         multiply(a, b, c, accum);
     }
+    fn gemm_beside(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut Tensor<Self>, first: &[usize]) {
+        let (Some(one), Some(other)) = (a.first(), b.first()) else { return };
+        let ((m, k), n) = (one.sizes(), other.sizes().1);
+        apart(first, n, c);
+        assert!(c.rows() == m, "gemm: {one} · {other} → columns of {}", c.shape());
+        if k > 0 && first.iter().copied().all(aligned::<T>) {
+            let (len, row) = (c.len(), c.cols());
+            let start = checked::<T>(c.buffer_mut(), len).address;
+            let c = first.iter().map(|first| start + (first * size_of::<T>()) as u64).collect();
+            // SAFETY: C has the rows, and the columns of each product end before those of the next
+            return unsafe { multiply_into(a, b, T::TYPE, c, row, Accum::Replace) };
+        }
+        let scratch = |_: &Mat<Self>| Tensor::scratch(c.device(), [m, n]); // [m, n]
+        let mut parts: Vec<_> = a.iter().map(scratch).collect();
+        multiply(a, b, &mut parts.iter_mut().collect::<Vec<_>>(), Accum::Replace);
+        let copies = first.iter().enumerate();
+        let copies: Vec<_> =
+            copies.map(|(i, &first)| Columns { from: (i, 0), to: (0, first), width: n }).collect();
+        Self::copy_cols(&parts.iter().collect::<Vec<_>>(), &mut [c], &copies);
+    }
 
     fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
         Self::gemm(a, b, c, Accum::Replace);
@@ -423,7 +450,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         };
         let table = xs.iter().zip(&mut ys).map(row).collect();
         // SAFETY: (all, squares), each row with the fields of a Direction
-        unsafe { device.each_row("normalised", table, args![&squares]) };
+        unsafe { device.each_row("normalised", table, |[.., n]| n as usize, args![&squares]) };
         ys
     }
 
@@ -462,17 +489,33 @@ impl<T: OnGpu> Backend for Cuda<T> {
         unsafe { x.device().column_sums("sum_rows", [x.rows(), x.cols()], args![x]) } // [d]
     }
 
-    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize) {
-        let (rows, dx, dy) = (x.rows(), x.cols(), y.cols());
-        assert!(
-            y.rows() == rows && x_start + width <= dx && y_start + width <= dy,
-            "copy_cols: {width} columns from {x_start} of {} to {y_start} of {}",
-            x.shape(),
-            y.shape()
-        );
-        let args = args![x, int(dx), int(x_start), y, int(dy), int(y_start), int(width), rows as u64];
-        // SAFETY: (x, dx, x_start, y, dy, y_start, width, rows)
-        unsafe { x.device().each("copy_cols", rows * width, args) };
+    fn copy_cols(xs: &[&Tensor<Self>], ys: &mut [&mut Tensor<Self>], copies: &[Columns]) {
+        let Some(device) = xs.first().map(|x| x.device().clone()) else { return };
+        let block = |&Columns { from: (x, x_start), to: (y, y_start), width }: &Columns| {
+            let (x, y) = (xs[x], &mut *ys[y]);
+            let (rows, dx, dy) = (x.rows(), x.cols(), y.cols());
+            assert!(
+                y.rows() == rows && x_start + width <= dx && y_start + width <= dy,
+                "copy_cols: {width} columns from {x_start} of {} to {y_start} of {}",
+                x.shape(),
+                y.shape()
+            );
+            let at = |address: u64, column: usize| address + (column * size_of::<T>()) as u64;
+            let from = checked::<T>(x.buffer(), x.len()).address();
+            let pair = |low: usize, high: usize| u64::from(int(low)) | u64::from(int(high)) << 32;
+            [at(address(y), y_start), at(from, x_start), pair(dy, dx), pair(width, rows)]
+        };
+        let blocks: Vec<_> = copies.iter().map(block).collect();
+        let halves = |both: u64| [both as u32, (both >> 32) as u32];
+        if let &[[y, x, sizes, counts]] = &blocks[..] {
+            let ([dy, dx], [width, rows]) = (halves(sizes), halves(counts));
+            let args = args![x, dx, y, dy, width, rows];
+            // SAFETY: (x, dx, y, dy, width, rows), with the columns just checked
+            return unsafe { device.each("copy_cols", width as usize * rows as usize, args) };
+        }
+        let len = |[.., counts]: [u64; 4]| halves(counts).map(|n| n as usize).iter().product();
+        // SAFETY: each row has the fields of a Block
+        unsafe { device.each_row("copy_cols_each", blocks, len, &[]) };
     }
 
     fn softmax(x: &Tensor<Self>) -> Tensor<Self> {
@@ -752,39 +795,91 @@ fn multiply<T: OnGpu, R: OnGpu>(
 ) {
     assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
     let Some(first) = a.first() else { return };
-    let ((m, k), n) = (first.sizes(), b[0].sizes().1);
-    let transposed = [first.transposed, b[0].transposed];
+    let (m, n) = (first.sizes().0, b[0].sizes().1);
+    let address = |c: &mut &mut Tensor<Cuda<R>>| {
+        assert!((c.rows(), c.cols()) == (m, n), "gemm: {first} · {} → {}", b[0], c.shape());
+        checked::<R>(c.buffer_mut(), m * n).address
+    };
+    let c = c.iter_mut().map(address).collect();
+    // SAFETY: `buffer_mut` gave each C a buffer of its own, as long as was just checked
+    unsafe { multiply_into(a, b, R::TYPE, c, n, accum) };
+}
+
+/// A batch of products at addresses on the device, with `row` elements from one row of a C to the next.
+///
+/// # Safety
+/// Each C must have room for its rows, which nothing else may be in.
+#[track_caller]
+unsafe fn multiply_into<T: OnGpu>(
+    a: &[Mat<Cuda<T>>],
+    b: &[Mat<Cuda<T>>],
+    result: Type,
+    c: Vec<Address>,
+    row: usize,
+    accum: Accum,
+) {
+    let (first, other) = (&a[0], &b[0]);
+    let ((m, k), n) = (first.sizes(), other.sizes().1);
+    for (a, b) in a.iter().zip(b) {
+        assert!(
+            a.kind() == first.kind() && b.kind() == other.kind() && b.sizes().0 == k,
+            "gemm: {a} · {b}: every product of a batch is of one shape and kind, as {first} · {other}"
+        );
+    }
     if m * n == 0 {
         return;
     }
-    let operands = a.iter().zip(b).zip(c.iter_mut()).map(|((a, b), c)| {
-        assert!(
-            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
-            "gemm: {a} · {b} → {}: every product of a batch has one shape",
-            c.shape()
-        );
-        assert!(
-            [a.transposed, b.transposed] == transposed,
-            "gemm: {a} · {b}: every product of a batch is of one kind"
-        );
-        let (a, b) = (checked::<T>(a.tensor.buffer(), m * k), checked::<T>(b.tensor.buffer(), k * n));
-        [a.address, b.address, checked::<R>(c.buffer_mut(), m * n).address]
-    });
-    let operands = operands.collect();
     let device = first.tensor.device();
-    // SAFETY: live tensors of the sizes just checked; `buffer_mut` gave each C a buffer of its own
+    let ((a, row_a), (b, row_b)) = (Operands::of(a), Operands::of(b));
+    let operands = a.addresses.iter().zip(&b.addresses).zip(c).map(|((&a, &b), c)| [a, b, c]).collect();
+    // SAFETY: live tensors of the sizes just checked, and the caller's promise
     unsafe {
         device.executor.gemm(&Gemm {
             element: T::TYPE,
-            result: R::TYPE,
+            result,
             m,
             k,
             n,
-            transposed,
+            transposed: [first.transposed, other.transposed],
+            rows: [row_a, row_b, row],
             add: accum == Accum::Add,
             operands,
         });
     }
+}
+
+/// Where the operands of a batch begin.
+struct Operands<T: OnGpu> {
+    addresses: Vec<Address>,
+    /// What they are copies in.
+    _copies: Vec<Tensor<Cuda<T>>>,
+}
+
+impl<T: OnGpu> Operands<T> {
+    /// The operands as they are, or copies of them where columns begin between two multiples of 16 bytes, which the libraries may not take;
+    /// and the elements from one row to the next.
+    fn of(mats: &[Mat<Cuda<T>>]) -> (Self, usize) {
+        let start = |x: &Tensor<Cuda<T>>, column: usize| {
+            checked::<T>(x.buffer(), x.len()).address + (column * size_of::<T>()) as u64
+        };
+        if mats.iter().all(|mat| aligned::<T>(mat.columns[0])) {
+            let addresses = mats.iter().map(|mat| start(mat.tensor, mat.columns[0])).collect();
+            return (Self { addresses, _copies: Vec::new() }, mats[0].tensor.cols());
+        }
+        let tensors: Vec<_> = mats.iter().map(|mat| mat.tensor).collect();
+        let parts =
+            mats.iter().enumerate().map(|(i, mat)| (i, mat.columns[0]..mat.columns[0] + mat.columns[1]));
+        let copies = columns_of(&tensors, &parts.collect::<Vec<_>>()); // [rows, columns] each
+        (
+            Self { addresses: copies.iter().map(|x| start(x, 0)).collect(), _copies: copies },
+            mats[0].columns[1],
+        )
+    }
+}
+
+/// Whether a column of a matrix begins at a multiple of 16 bytes, if the matrix does.
+fn aligned<T>(column: usize) -> bool {
+    (column * size_of::<T>()).is_multiple_of(16)
 }
 
 /// The sizes that all attention kernels take, checked.

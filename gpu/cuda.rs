@@ -405,14 +405,14 @@ impl Gpu {
         use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
         use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
         // the library reads by columns, so what it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first
-        let (types, [m, k, n], [ta, tb]) = shape;
+        let Shape { types, sizes: [m, k, n], transposed: [ta, tb], rows } = shape;
         let [t, t_sums] = types.map(|element| match element {
             Type::F32 => CUDA_R_32F,
             Type::Bf16 => CUDA_R_16BF,
         });
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let int = |size: usize| i32::try_from(size).expect("a side of a matrix below 2³¹");
-        let (lda, ldb) = (int(if ta { m } else { k }), int(if tb { k } else { n }));
+        let [lda, ldb, ldc] = rows.map(int);
         let (opa, opb, m, n, k) = (operation(ta), operation(tb), int(m), int(n), int(k));
         let (alpha, beta) = (1f32, if add { 1f32 } else { 0f32 });
         let (alpha, beta) = ((&raw const alpha).cast(), (&raw const beta).cast());
@@ -441,7 +441,7 @@ impl Gpu {
                     beta,
                     c,
                     t_sums,
-                    n,
+                    ldc,
                     int(count),
                     COMPUTE,
                     ALGORITHM,
@@ -450,6 +450,79 @@ impl Gpu {
             done.result().map_err(Refused::of("a batch of products"))
         };
         self.span(|| name(&shape, count), count as f64 * flops(&shape), run)
+    }
+
+    /// Makes the plan for a shape, unless there is one.
+    ///
+    /// # Safety
+    /// As for `put`.
+    unsafe fn plan(&self, shape: Shape, [a, b, c]: [Address; 3], add: bool) {
+        if self.plans().has(&shape) {
+            return;
+        }
+        let elsewhere = add.then(|| self.elsewhere(&shape)); // C is there to be added to
+        let _alone = self.alone();
+        self.enter();
+        // SAFETY: the caller's promise; what is elsewhere is as long as C, and freed behind its last use
+        let made = unsafe {
+            let made = self.plans().make(&self.stream, shape, [a, b, elsewhere.map_or(c, |c| c.0)]);
+            if let Some((address, bytes)) = elsewhere {
+                self.free(address, bytes);
+            }
+            made
+        };
+        self.must(made.map_err(|why| Refused::of(name(&shape, 1))(why)));
+    }
+
+    /// Memory that is as long as a C, and its bytes.
+    fn elsewhere(&self, shape: &Shape) -> (Address, usize) {
+        let bytes = shape.types[1].bytes() * shape.sizes[0] * shape.rows[2];
+        (self.alloc(bytes), bytes)
+    }
+
+    /// Whether a batch is faster product by product, as is measured when one comes for the first time. Those of many matrices are not: they
+    /// would cost the host as many launches.
+    ///
+    /// # Safety
+    /// As for `put`.
+    unsafe fn apart(&self, shape: Shape, operands: &[[Address; 3]], add: bool) -> bool {
+        const MOST: usize = 4;
+        let count = operands.len();
+        if count > MOST {
+            return false;
+        }
+        if let Some(known) = self.plans().apart(shape, count) {
+            return known;
+        }
+        let elsewhere: Vec<_> = operands.iter().filter(|_| add).map(|_| self.elsewhere(&shape)).collect();
+        let mut operands = operands.to_vec();
+        operands.iter_mut().zip(&elsewhere).for_each(|([.., c], other)| *c = other.0);
+        // SAFETY: the caller's promise; what is elsewhere is as long as a C, and it and the table are freed behind their last use
+        let compared = unsafe {
+            self.plan(shape, operands[0], false);
+            let table = self.table(&operands);
+            let _alone = self.alone();
+            self.enter();
+            let batch = || self.batch(shape, false, count, table.0).map_err(|refused| refused.why);
+            let singles = |plans: &Plans| {
+                operands.iter().try_for_each(|&operands| plans.run(&self.stream, &shape, operands, false))
+            };
+            let compared = self.plans().compare(&self.stream, (shape, count), batch, singles);
+            elsewhere.into_iter().chain([table]).for_each(|(address, bytes)| self.free(address, bytes));
+            compared
+        };
+        self.must(compared.map_err(|why| Refused::of(name(&shape, count))(why)));
+        self.plans().apart(shape, count) == Some(true)
+    }
+
+    /// The addresses of a batch on the device, first of all A, then of all B, then of all C: where, and how many bytes.
+    fn table(&self, operands: &[[Address; 3]]) -> (Address, usize) {
+        let addresses: Vec<u8> =
+            (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
+        let table = self.alloc(addresses.len());
+        // SAFETY: the table is as long
+        unsafe { self.upload(&addresses, table) };
+        (table, addresses.len())
     }
 
     /// Makes the context this thread's own: the driver's calls refer to it.
@@ -524,7 +597,8 @@ impl Gpu {
 }
 
 /// A product's name and sizes, for people.
-fn name((types, [m, k, n], [ta, tb]): &Shape, count: usize) -> String {
+fn name(shape: &Shape, count: usize) -> String {
+    let Shape { types, sizes: [m, k, n], transposed: [ta, tb], .. } = shape;
     let [element, result] = types;
     let operand = |t: bool, rows: usize, cols: usize| {
         if t { format!("({cols}×{rows})ᵀ") } else { format!("{rows}×{cols}") }
@@ -534,8 +608,8 @@ fn name((types, [m, k, n], [ta, tb]): &Shape, count: usize) -> String {
     format!("gemm {element}{sums} {batch}{}·{}", operand(*ta, *m, *k), operand(*tb, *k, *n))
 }
 
-fn flops((_, sizes, _): &Shape) -> f64 {
-    2.0 * sizes.iter().map(|&size| size as f64).product::<f64>()
+fn flops(shape: &Shape) -> f64 {
+    2.0 * shape.sizes.iter().map(|&size| size as f64).product::<f64>()
 }
 
 impl Executor for Gpu {
@@ -612,43 +686,28 @@ impl Executor for Gpu {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
-        let Gemm { element, result, m, k, n, transposed, add, ref operands } = *gemm;
-        let shape = ([element, result], [m, k, n], transposed);
-        let bytes = result.bytes() * m * n; // of a C
+        let Gemm { element, result, m, k, n, transposed, rows, add, ref operands } = *gemm;
+        let shape = Shape { types: [element, result], sizes: [m, k, n], transposed, rows };
         if k == 0 {
+            assert!(rows[2] == n, "gemm: no sums for columns of a matrix");
             for &[.., c] in operands.iter().filter(|_| !add) {
                 // SAFETY: the caller's promise
-                unsafe { self.put(Work::Zero { at: c, bytes }, &[], &[]) };
+                unsafe { self.put(Work::Zero { at: c, bytes: result.bytes() * m * n }, &[], &[]) };
             }
             return;
         }
-        if let &[operands @ [a, b, c]] = &operands[..] {
-            if !self.plans().has(&shape) {
-                let other = add.then(|| self.alloc(bytes)); // C is there to be added to
-                let _alone = self.alone();
-                self.enter();
-                // SAFETY: the caller's promise; `other` is as long as C, and freed behind its last use
-                let made = unsafe {
-                    let made = self.plans().make(&self.stream, shape, [a, b, other.unwrap_or(c)]);
-                    if let Some(other) = other {
-                        self.free(other, bytes);
-                    }
-                    made
-                };
-                self.must(made.map_err(|why| Refused::of(name(&shape, 1))(why)));
-            }
-            // SAFETY: the caller's promise
-            return unsafe { self.put(Work::Product { shape, add, operands }, &[], &[]) };
-        }
-        // a batch: arrays of pointers
-        let addresses: Vec<u8> =
-            (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
-        let table = self.alloc(addresses.len());
-        // SAFETY: the table is as long; the products are the caller's promise; the table is freed behind them
+        // SAFETY: the caller's promise
         unsafe {
-            self.upload(&addresses, table);
-            self.put(Work::Batch { shape, add, count: operands.len(), table }, &[], &[]);
-            self.free(table, addresses.len());
+            if operands.len() == 1 || self.apart(shape, operands, add) {
+                self.plan(shape, operands[0], add);
+                for &operands in operands {
+                    self.put(Work::Product { shape, add, operands }, &[], &[]);
+                }
+                return;
+            }
+            let table = self.table(operands);
+            self.put(Work::Batch { shape, add, count: operands.len(), table: table.0 }, &[], &[]);
+            self.free(table.0, table.1); // behind the batch
         }
     }
 

@@ -84,7 +84,7 @@ pub struct Launch {
     pub shared: u32,
 }
 
-/// A batch of products C ← or += A·B of one shape, row-major without gaps. `transposed`: A is stored as [k, m], B as [n, k].
+/// A batch of products C ← or += A·B of one shape, row-major. `transposed`: A is stored as [k, m], B as [n, k].
 #[derive(Clone, Debug)]
 pub struct Gemm {
     /// Of A and B.
@@ -95,6 +95,9 @@ pub struct Gemm {
     pub k: usize,
     pub n: usize,
     pub transposed: [bool; 2],
+    /// Elements from one row of A, of B and of C to the next, as they are stored: more than a row has, where they are columns of a wider
+    /// matrix. Those begin at a multiple of 16 bytes.
+    pub rows: [usize; 3],
     /// C is added to, instead of being replaced without being read.
     pub add: bool,
     /// A, B and C of each product.

@@ -53,7 +53,7 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// The kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 41] = [
+pub const NAMES: [&str; 42] = [
     "fill",
     "widen",
     "narrow",
@@ -64,6 +64,7 @@ pub const NAMES: [&str; 41] = [
     "binary",
     "add_row",
     "copy_cols",
+    "copy_cols_each",
     "swiglu",
     "swiglu_grad",
     "rope",

@@ -1,8 +1,9 @@
 //! Single products by cuBLASLt, with a plan for each shape: the library proposes some algorithms, and the fastest of them on this device
-//! is kept. A product then costs the processor one call, without a search in it.
+//! is kept. A product then costs the processor one call, without a search in it. And for each batch, whether its products one by one, with
+//! their plan, are faster than cuBLAS's batch, whose algorithm cannot be chosen.
 //!
-//! Which one is fastest is measured once and written down beside the compiled kernels, so that the next process computes the same bits.
-//! Not here: batches (cuda.rs). Letters: A [m, k], B [k, n], C [m, n] as they are stored, row by row; the library reads by columns, so what
+//! What is fastest is measured once and written down beside the compiled kernels, so that the next process computes the same bits.
+//! Not here: the batches themselves (cuda.rs). Letters: A [m, k], B [k, n], C [m, n] as they are stored, row by row; the library reads by columns, so what
 //! it sees is transposed: Cᵀ = op(B)ᵀ·op(A)ᵀ, with B first.
 
 use super::executor::{Address, Type};
@@ -11,11 +12,22 @@ use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{CudaStream, DriverError};
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::fmt::{self, Display, Formatter};
 use std::io::Write;
 use std::path::PathBuf;
 
-/// The types of a product's A and B and of its C, [m, k, n], and whether A is stored as [k, m], B as [n, k].
-pub(super) type Shape = ([Type; 2], [usize; 3], [bool; 2]);
+/// A kind of product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// Of A and B, and of C.
+    pub types: [Type; 2],
+    /// m, k, n.
+    pub sizes: [usize; 3],
+    /// A is stored as [k, m], B as [n, k].
+    pub transposed: [bool; 2],
+    /// Elements from one row of A, of B and of C to the next.
+    pub rows: [usize; 3],
+}
 
 /// The algorithm of a plan, as the library has it: to be kept, but not understood.
 type Algorithm = [u64; 8];
@@ -37,6 +49,8 @@ pub(super) struct Plans {
     plans: HashMap<Shape, Plan>,
     /// What was found to be fastest on this kind of device, by this process and others.
     known: HashMap<Shape, Algorithm>,
+    /// Whether so many products of a shape are faster one by one.
+    apart: HashMap<(Shape, usize), bool>,
     /// Where that is kept.
     file: Option<PathBuf>,
 }
@@ -67,8 +81,14 @@ impl Plans {
             device.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let file = folder.map(|folder| folder.join(format!("products-{device}-{version}.txt")));
         let text = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
-        let known = text.lines().filter_map(parse).collect();
-        Ok(Self { library, workspace, plans: HashMap::new(), known, file })
+        let (mut known, mut apart) = (HashMap::new(), HashMap::new());
+        for line in text.lines().filter_map(parse) {
+            match line {
+                Line::Product(shape, algorithm) => drop(known.insert(shape, algorithm)),
+                Line::Batch(shape, count, one_by_one) => drop(apart.insert((shape, count), one_by_one)),
+            }
+        }
+        Ok(Self { library, workspace, plans: HashMap::new(), known, apart, file })
     }
 
     /// Whether there is a plan for this shape.
@@ -153,7 +173,8 @@ impl Plans {
             None => {
                 // SAFETY: the caller's promise
                 let best = unsafe { self.fastest(stream, &plan, &proposals, operands) }?;
-                self.keep(shape, best.data);
+                self.known.insert(shape, best.data);
+                self.write(Line::Product(shape, best.data));
                 best
             }
         };
@@ -167,22 +188,27 @@ impl Plans {
         use sys::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
         use sys::cublasLtMatmulPreferenceAttributes_t::{
             CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MEMORY,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES as OF_A,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES as OF_B,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES as OF_C,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES as OF_D,
             CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as SUMS,
         };
-        let (types, [m, k, n], [ta, tb]) = shape;
+        let Shape { types, sizes: [m, k, n], transposed: [ta, tb], rows } = shape;
         let f32_ = sys::cudaDataType::CUDA_R_32F;
         let [operands, sums] = types.map(|element| match element {
             Type::F32 => f32_,
             Type::Bf16 => sys::cudaDataType::CUDA_R_16BF,
         });
-        let layout = |element, rows: usize, cols: usize| {
+        let layout = |element, [rows, cols]: [usize; 2], row: usize| {
             // rows of ours are the library's columns
-            result::create_matrix_layout(element, cols as u64, rows as u64, cols as i64)
+            result::create_matrix_layout(element, cols as u64, rows as u64, row as i64)
         };
         let [a, b] = [if ta { [k, m] } else { [m, k] }, if tb { [n, k] } else { [k, n] }];
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_)?;
         let mut plan = Plan { product, layouts: [std::ptr::null_mut(); 3], algorithm: unset() };
-        plan.layouts = [layout(operands, b[0], b[1])?, layout(operands, a[0], a[1])?, layout(sums, m, n)?];
+        plan.layouts =
+            [layout(operands, b, rows[1])?, layout(operands, a, rows[0])?, layout(sums, [m, n], rows[2])?];
         let operation = |t: bool| if t { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let preference = result::create_matmul_pref()?;
         let mut found = [sys::cublasLtMatmulHeuristicResult_t {
@@ -207,6 +233,13 @@ impl Plans {
             let bytes = WORKSPACE;
             let value = (&raw const bytes).cast();
             result::set_matmul_pref_attribute(preference, MEMORY, value, size_of_val(&bytes))?;
+            // a tensor begins at 256 bytes, columns of one at 16
+            let natural = [a[1], b[1], n];
+            let bytes = |side: usize| if rows[side] == natural[side] { 256u32 } else { 16 };
+            for (which, bytes) in [(OF_A, bytes(1)), (OF_B, bytes(0)), (OF_C, bytes(2)), (OF_D, bytes(2))] {
+                let value = (&raw const bytes).cast();
+                result::set_matmul_pref_attribute(preference, which, value, size_of::<u32>())?;
+            }
             let [b, a, c] = plan.layouts;
             let asked = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.library,
@@ -245,16 +278,13 @@ impl Plans {
         proposals: &[sys::cublasLtMatmulAlgo_t],
         operands: [Address; 3],
     ) -> Result<sys::cublasLtMatmulAlgo_t, String> {
-        let driver = |error: DriverError| format!("{:?}", error.0);
         let mut best = (f32::INFINITY, proposals[0]);
         for algorithm in proposals {
             let mut fastest = f32::INFINITY;
             for _ in 0..RUNS {
-                let from = stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(driver)?;
                 // SAFETY: the caller's promise
-                unsafe { self.enqueue(stream, plan, algorithm, operands, false) }?;
-                let to = stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(driver)?;
-                fastest = fastest.min(from.elapsed_ms(&to).map_err(driver)?);
+                let run = || unsafe { self.enqueue(stream, plan, algorithm, operands, false) };
+                fastest = fastest.min(time(stream, run)?);
             }
             if fastest < FASTER * best.0 {
                 best = (fastest, *algorithm);
@@ -263,30 +293,81 @@ impl Plans {
         Ok(best.1)
     }
 
+    /// Whether `count` products of a shape are faster one by one; None if that has not been measured.
+    pub fn apart(&self, shape: Shape, count: usize) -> Option<bool> {
+        self.apart.get(&(shape, count)).copied()
+    }
+
+    /// Keeps the answer, from the fastest run of `batch` and of `singles`, each of which enqueues the products.
+    ///
+    /// # Errors
+    /// What the driver or a library says.
+    pub fn compare(
+        &mut self,
+        stream: &CudaStream,
+        (shape, count): (Shape, usize),
+        batch: impl Fn() -> Result<(), String>,
+        singles: impl Fn(&Self) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let [mut together, mut apart] = [f32::INFINITY; 2];
+        for _ in 0..RUNS {
+            together = together.min(time(stream, &batch)?);
+            apart = apart.min(time(stream, || singles(self))?);
+        }
+        let one_by_one = apart < FASTER * together;
+        self.apart.insert((shape, count), one_by_one);
+        self.write(Line::Batch(shape, count, one_by_one));
+        Ok(())
+    }
+
     /// Writes down what is best. A file that cannot be written is none: the next process looks again.
-    fn keep(&mut self, shape: Shape, algorithm: Algorithm) {
-        self.known.insert(shape, algorithm);
+    fn write(&self, line: Line) {
         let Some(file) = &self.file else { return };
         // a line in one write to the end of the file: whole, whoever else writes
         let written = std::fs::create_dir_all(file.parent().expect("it has a folder"))
             .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(file))
-            .and_then(|mut file| file.write_all(line(shape, algorithm).as_bytes()));
+            .and_then(|mut file| file.write_all(line.to_string().as_bytes()));
         drop(written);
     }
+}
+
+/// Milliseconds between the beginning and the end of what is enqueued.
+fn time(stream: &CudaStream, enqueue: impl FnOnce() -> Result<(), String>) -> Result<f32, String> {
+    let driver = |error: DriverError| format!("{:?}", error.0);
+    let from = stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(driver)?;
+    enqueue()?;
+    let to = stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(driver)?;
+    from.elapsed_ms(&to).map_err(driver)
 }
 
 fn unset() -> sys::cublasLtMatmulAlgo_t {
     sys::cublasLtMatmulAlgo_t { data: [0; 8] }
 }
 
-fn line(([operands, sums], sizes, transposed): Shape, algorithm: Algorithm) -> String {
-    let numbers = sizes.map(|size| size as u64).into_iter().chain(transposed.map(u64::from)).chain(algorithm);
-    let numbers: Vec<String> = numbers.map(|number| format!("{number:x}")).collect();
-    format!("{operands} {sums} {}\n", numbers.join(" "))
+/// What is written down, a line each.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Line {
+    Product(Shape, Algorithm),
+    /// So many products, and whether they are faster one by one.
+    Batch(Shape, usize, bool),
 }
 
-/// None for a line that [`line`] has not written.
-fn parse(line: &str) -> Option<(Shape, Algorithm)> {
+impl Display for Line {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (shape, more) = match *self {
+            Self::Product(shape, algorithm) => (shape, algorithm.to_vec()),
+            Self::Batch(shape, count, apart) => (shape, vec![count as u64, apart.into()]),
+        };
+        let Shape { types: [operands, sums], sizes, transposed, rows } = shape;
+        let sizes = sizes.into_iter().chain(rows).map(|size| size as u64);
+        let numbers = sizes.chain(transposed.map(u64::from)).chain(more);
+        let numbers: Vec<String> = numbers.map(|number| format!("{number:x}")).collect();
+        writeln!(f, "{operands} {sums} {}", numbers.join(" "))
+    }
+}
+
+/// None for a line that was not written so.
+fn parse(line: &str) -> Option<Line> {
     let mut words = line.splitn(3, ' ');
     let mut element = || {
         let word = words.next()?;
@@ -296,12 +377,15 @@ fn parse(line: &str) -> Option<(Shape, Algorithm)> {
     let numbers = words.next()?;
     let numbers: Vec<u64> =
         numbers.split(' ').map(|number| u64::from_str_radix(number, 16).ok()).collect::<Option<_>>()?;
-    let [m, k, n, ta, tb, algorithm @ ..] = &numbers[..] else { return None };
+    let [m, k, n, row_a, row_b, row_c, ta, tb, more @ ..] = &numbers[..] else { return None };
     let flag = |x: u64| (x < 2).then_some(x == 1);
-    Some((
-        (types, [*m, *k, *n].map(|size| size as usize), [flag(*ta)?, flag(*tb)?]),
-        algorithm.try_into().ok()?,
-    ))
+    let (sizes, rows) =
+        ([*m, *k, *n].map(|size| size as usize), [*row_a, *row_b, *row_c].map(|row| row as usize));
+    let shape = Shape { types, sizes, transposed: [flag(*ta)?, flag(*tb)?], rows };
+    match more {
+        &[count, apart] => Some(Line::Batch(shape, count as usize, flag(apart)?)),
+        algorithm => Some(Line::Product(shape, algorithm.try_into().ok()?)),
+    }
 }
 
 impl Drop for Plans {
@@ -325,17 +409,25 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_read_again() {
-        let shape = ([Type::Bf16, Type::F32], [16_384, 768, 192], [false, true]);
-        let algorithm = [1, 0xfedc_ba98_7654_3210, 3, 4, 5, 6, 7, u64::MAX];
-        let line = line(shape, algorithm);
-        assert_eq!(parse(line.trim_end()), Some((shape, algorithm)));
+        let shape = Shape {
+            types: [Type::Bf16, Type::F32],
+            sizes: [16_384, 768, 192],
+            transposed: [false, true],
+            rows: [768, 768, 576],
+        };
+        let product = Line::Product(shape, [1, 0xfedc_ba98_7654_3210, 3, 4, 5, 6, 7, u64::MAX]);
+        let line = product.to_string();
+        for kept in [product, Line::Batch(shape, 3, true), Line::Batch(shape, 24, false)] {
+            assert_eq!(parse(kept.to_string().trim_end()), Some(kept));
+        }
         let broken = [
             &line[..line.len() - 20],
             "",
             "bf16 f64 1 2 3",
             &line.replace("bf16", "f64"),
             &line.replace("bf16 f32", "bf16"),
-            "f32 f32 1 2 3 2 0 1 2 3 4 5 6 7 8",
+            "f32 f32 1 2 3 1 2 3 2 0 1 2 3 4 5 6 7 8", // a flag that is 2
+            "f32 f32 1 2 3 1 2 3 0 0 4 2",
         ];
         assert!(broken.into_iter().all(|line| parse(line.trim_end()).is_none()));
     }

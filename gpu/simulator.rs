@@ -167,25 +167,28 @@ impl Executor for Simulator {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) {
-        let Gemm { element, result, m, k, n, transposed: [ta, tb], add, ref operands } = *gemm;
-        let strides = |t: bool, rows: usize, cols: usize| match t {
-            false => (cols as isize, 1),
-            true => (1, rows as isize),
-        };
-        let ((ra, ca), (rb, cb)) = (strides(ta, m, k), strides(tb, k, n));
+        let Gemm { element, result, m, k, n, transposed: [ta, tb], rows, add, ref operands } = *gemm;
+        let strides = |t: bool, row: usize| if t { (1, row as isize) } else { (row as isize, 1) };
+        let ((ra, ca), (rb, cb)) = (strides(ta, rows[0]), strides(tb, rows[1]));
         let beta = if add { 1.0 } else { 0.0 };
         // SAFETY: the caller's promise
         let product = |a: *const f32, b: *const f32, c: *mut f32| unsafe {
-            matrixmultiply::sgemm(m, k, n, 1.0, a, ra, ca, b, rb, cb, beta, c, n as isize, 1)
+            matrixmultiply::sgemm(m, k, n, 1.0, a, ra, ca, b, rb, cb, beta, c, rows[2] as isize, 1)
         };
         for &[a, b, c] in operands {
             match element {
                 Type::F32 => product(a as *const f32, b as *const f32, c as *mut f32),
                 Type::Bf16 => {
+                    // elements from the first to the last, of `rows` rows of `cols` elements
+                    let reach = |[rows, cols]: [usize; 2], row: usize| rows.saturating_sub(1) * row + cols;
+                    let turned =
+                        |t: bool, [rows, cols]: [usize; 2]| if t { [cols, rows] } else { [rows, cols] };
+                    let [len_a, len_b] =
+                        [reach(turned(ta, [m, k]), rows[0]), reach(turned(tb, [k, n]), rows[1])];
                     // SAFETY: the caller's promise, and any bits are a Bf16; A and B may be one, C is neither
                     let (a, b) = unsafe {
                         let slice = std::slice::from_raw_parts::<Bf16>;
-                        (slice(a as *const _, m * k), slice(b as *const _, k * n))
+                        (slice(a as *const _, len_a), slice(b as *const _, len_b))
                     };
                     let wide = |x: &[Bf16]| -> Vec<f32> { x.iter().map(|&x| x.into()).collect() };
                     let (a, b) = (wide(a), wide(b));
@@ -194,10 +197,10 @@ impl Executor for Simulator {
                         continue;
                     }
                     // SAFETY: as above
-                    let c = unsafe { std::slice::from_raw_parts_mut(c as *mut Bf16, m * n) };
+                    let c = unsafe { std::slice::from_raw_parts_mut(c as *mut Bf16, reach([m, n], rows[2])) };
                     let mut sum = wide(c);
                     product(a.as_ptr(), b.as_ptr(), sum.as_mut_ptr());
-                    c.iter_mut().zip(sum).for_each(|(c, sum)| *c = sum.into());
+                    c.iter_mut().zip(sum).for_each(|(c, sum)| *c = sum.into()); // what lies between its columns stays as it is
                 }
             }
         }

@@ -45,7 +45,7 @@ pub use newton_schulz::{NewtonSchulz, Space, newton_schulz};
 pub use optimizer::{Optimizer, Rule, State, StepReport, clip_global_norm, shape_scale};
 pub use orthogonaliser::{Orthogonaliser, POLAR_EXPRESS};
 pub use pair::{Costs, FactorPair, rank_for_energy};
-pub use params::{Dense, Hidden, Pair, PairVar, ParamVars, Params, Values};
+pub use params::{Dense, Hidden, Leaves, Pair, PairVar, ParamVars, Params, Values};
 pub use radius::{Radius, exact_radius, update_radius};
 pub use renormalised::{MomentumOnly, Renormalised};
 pub use schedule::{Schedule, ScheduleKind};

@@ -3,7 +3,7 @@
 //! Letters: W [m, n], A [m, r], B [n, r]; m outputs, n inputs, r rank. Decompositions run in f64, on nalgebra matrices.
 
 use super::svd::svd;
-use crate::tensor::{Backend, Element, Tensor};
+use crate::tensor::{Backend, Element, Tensor, side_by_side};
 use nalgebra::{DMatrix, DVector};
 
 /// A factor pair: the m×n matrix W = A·Bᵀ of rank at most r. Its gradient, and its momentum, are factor pairs too.
@@ -75,14 +75,9 @@ impl<B: Backend> FactorPair<B> {
 
     /// The sum of two matrices W, as the pair of their factors side by side.
     pub(super) fn beside(&self, other: &Self) -> Self {
-        let beside = |x: &Tensor<B>, y: &Tensor<B>| {
-            let (r, s) = (x.cols(), y.cols());
-            let mut both = Tensor::scratch(x.device(), [x.rows(), r + s]); // [rows, r + s]
-            B::copy_cols(x, 0, &mut both, 0, r);
-            B::copy_cols(y, 0, &mut both, r, s);
-            both
-        };
-        Self { a: beside(&self.a, &other.a), b: beside(&self.b, &other.b) }
+        let mut both = side_by_side(&[&[&self.a, &other.a], &[&self.b, &other.b]]); // [m, r + s], [n, r + s]
+        let b = both.remove(1);
+        Self { a: both.remove(0), b }
     }
 
     /// σ(W), the spectral norm, from an f64 decomposition of the factors.

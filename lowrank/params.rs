@@ -3,8 +3,9 @@
 
 use super::FactorPair;
 use crate::autograd::{Grads, Tape, Var, VarId};
-use crate::tensor::{Backend, Tensor, cast_all, scale_all};
-use std::ops::Index;
+use crate::tensor::{Backend, Tensor, cast_all, columns_of, scale_all, side_by_side};
+use std::ops::{Index, Range};
+use std::sync::Arc;
 
 /// One tensor set per kind of parameter: values, gradients or momenta.
 #[derive(Clone, Debug)]
@@ -126,25 +127,17 @@ impl<B: Backend> Params<B> {
     /// The parameters as leaves of a tape.
     #[track_caller]
     pub fn on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
-        self.place(|x| tape.leaf(x))
+        self.leaves(&[]).on(tape)
     }
 
     /// The parameters as constants of a tape: for evaluation, where no gradient is wanted and none is prepared.
     #[track_caller]
     pub fn constants_on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
-        self.place(|x| tape.constant(x))
-    }
-
-    fn place<'t>(&self, put: impl Fn(&Tensor<B>) -> Var<'t, B>) -> ParamVars<'t, B> {
-        ParamVars {
-            pairs: self.values.pairs.iter().map(|p| PairVar { a: put(&p.a), b: put(&p.b) }).collect(),
-            hidden: self.values.hidden.iter().map(&put).collect(),
-            dense: self.values.dense.iter().map(&put).collect(),
-        }
+        self.leaves(&[]).constants_on(tape)
     }
 }
 
-/// The two leaves of a factor pair.
+/// The two leaves of a factor pair. Of pairs that share their input ([`Params::leaves`]) B is one leaf.
 pub struct PairVar<'t, B: Backend> {
     pub a: Var<'t, B>,
     pub b: Var<'t, B>,
@@ -155,26 +148,25 @@ pub struct ParamVars<'t, B: Backend> {
     pairs: Vec<PairVar<'t, B>>,
     hidden: Vec<Var<'t, B>>,
     dense: Vec<Var<'t, B>>,
+    leaves: Vec<Var<'t, B>>,
+    places: Arc<Places>,
 }
 
 impl<B: Backend> ParamVars<'_, B> {
     /// The gradients of all parameters, in their layout; zeros for those that the loss does not reach.
-    pub fn gradients(&self, mut grads: Grads<B>) -> Values<B::Wide> {
-        let mut take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device());
-        Values {
-            pairs: self.pairs.iter().map(|p| FactorPair { a: take(&p.a), b: take(&p.b) }).collect(),
-            hidden: self.hidden.iter().map(&mut take).collect(),
-            dense: self.dense.iter().map(&mut take).collect(),
-        }
+    pub fn gradients(&self, grads: Grads<B>) -> Values<B::Wide> {
+        self.leaf_gradients(grads).values()
+    }
+
+    /// The same as the tape has them, for [`ParamVars::pair_up`].
+    pub fn leaf_gradients(&self, mut grads: Grads<B>) -> Leaves<B::Wide> {
+        let take = |x: &Var<'_, B>| grads.take(x.id(), x.tape().device()); // like x
+        Leaves { tensors: self.leaves.iter().map(take).collect(), places: self.places.clone() }
     }
 
     /// Each gradient so far with its variable, for [`Var::backward_onto`].
-    pub fn pair_up(&self, gradients: Values<B::Wide>) -> impl Iterator<Item = (VarId, Tensor<B::Wide>)> {
-        let factors = self.pairs.iter().flat_map(|p| [p.a, p.b]);
-        let vars = factors.chain(self.hidden.iter().copied()).chain(self.dense.iter().copied());
-        let Values { pairs, hidden, dense } = gradients;
-        let gradients = pairs.into_iter().flat_map(|p| [p.a, p.b]).chain(hidden).chain(dense);
-        vars.map(Var::id).zip(gradients)
+    pub fn pair_up(&self, gradients: Leaves<B::Wide>) -> impl Iterator<Item = (VarId, Tensor<B::Wide>)> {
+        self.leaves.iter().map(|x| x.id()).zip(gradients.tensors)
     }
 }
 
@@ -197,29 +189,123 @@ impl<'t, B: Backend> Index<Dense> for ParamVars<'t, B> {
     }
 }
 
-// ---- in another precision
+// ---- leaves
 
-impl<B: Backend> Values<B> {
-    /// [`Tensor::cast`] of every tensor.
-    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Values<C> {
-        let mut all = cast_all(&self.tensors().collect::<Vec<_>>(), device).into_iter(); // like each tensor
-        let mut next = || all.next().expect("as many as there are tensors");
-        Values {
-            pairs: self.pairs.iter().map(|_| FactorPair { a: next(), b: next() }).collect(),
-            hidden: self.hidden.iter().map(|_| next()).collect(),
-            dense: self.dense.iter().map(|_| next()).collect(),
-        }
-    }
+/// The parameters as a tape has them, tensor by tensor, or their gradients. Copies of parameters stay as they were when those move.
+#[derive(Clone, Debug)]
+pub struct Leaves<B: Backend> {
+    tensors: Vec<Tensor<B>>,
+    places: Arc<Places>,
+}
+
+/// Which leaf is what.
+#[derive(Debug)]
+struct Places {
+    /// Of each pair, where A is, where B is, and in which of its columns.
+    pairs: Vec<([usize; 2], Range<usize>)>,
+    hidden: Range<usize>,
+    dense: Range<usize>,
 }
 
 impl<B: Backend> Params<B> {
-    /// [`Tensor::cast`] of every parameter.
-    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Params<C> {
-        Params {
-            values: self.values.cast(device),
-            pair_names: self.pair_names.clone(),
-            hidden_names: self.hidden_names.clone(),
-            dense_names: self.dense_names.clone(),
+    /// The parameters as leaves. `sharing`: pairs that read the same input x; the B [n, r] of each such group are laid side by side as
+    /// one leaf [n, Σr], for [`Var::lowrank_linears`], which then reads x once.
+    ///
+    /// # Panics
+    /// If a pair stands in two groups, or twice in one, or the inputs of a group differ in number.
+    #[track_caller]
+    pub fn leaves(&self, sharing: &[Vec<Pair>]) -> Leaves<B> {
+        let Values { pairs, hidden, dense } = &self.values;
+        let mut tensors: Vec<_> = pairs.iter().map(|pair| pair.a.clone()).collect(); // [m, r] each
+        let mut places: Vec<_> = (0..pairs.len()).map(|i| ([i, usize::MAX], 0..pairs[i].rank())).collect();
+        let mut groups = Vec::new();
+        for (i, group) in sharing.iter().enumerate() {
+            let mut end = 0;
+            for &Pair(at) in group {
+                let (name, inputs) = (&self.pair_names[at], pairs[at].inputs());
+                assert!(places[at].0[1] == usize::MAX, "leaves: {name} is in a group already");
+                assert!(
+                    inputs == pairs[group[0].0].inputs(),
+                    "leaves: {name} has {inputs} inputs, others do not"
+                );
+                let start = end;
+                end += pairs[at].rank();
+                places[at] = ([at, pairs.len() + i], start..end);
+            }
+            groups.push(group.iter().map(|pair| &pairs[pair.0].b).collect::<Vec<_>>());
         }
+        tensors.extend(side_by_side(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>())); // [n, Σr] each
+        for (([_, b], _), pair) in
+            places.iter_mut().zip(pairs).filter(|((leaves, _), _)| leaves[1] == usize::MAX)
+        {
+            *b = tensors.len();
+            tensors.push(pair.b.clone()); // [n, r]
+        }
+        let mut add = |more: &[Tensor<B>]| {
+            tensors.extend_from_slice(more);
+            tensors.len() - more.len()..tensors.len()
+        };
+        let places = Places { pairs: places, hidden: add(hidden), dense: add(dense) };
+        Leaves { tensors, places: Arc::new(places) }
+    }
+}
+
+impl<B: Backend> Leaves<B> {
+    /// Variables of a tape that gradients are wanted of.
+    #[track_caller]
+    pub fn on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
+        self.place(|x| tape.leaf(x))
+    }
+
+    /// Constants of a tape.
+    #[track_caller]
+    pub fn constants_on<'t>(&self, tape: &'t Tape<B>) -> ParamVars<'t, B> {
+        self.place(|x| tape.constant(x))
+    }
+
+    fn place<'t>(&self, put: impl Fn(&Tensor<B>) -> Var<'t, B>) -> ParamVars<'t, B> {
+        let leaves: Vec<_> = self.tensors.iter().map(put).collect();
+        let Places { pairs, hidden, dense } = &*self.places;
+        ParamVars {
+            pairs: pairs.iter().map(|&([a, b], _)| PairVar { a: leaves[a], b: leaves[b] }).collect(),
+            hidden: leaves[hidden.clone()].to_vec(),
+            dense: leaves[dense.clone()].to_vec(),
+            leaves,
+            places: self.places.clone(),
+        }
+    }
+
+    /// The tensors in the layout of the parameters: what lies side by side is copied apart.
+    pub fn values(&self) -> Values<B> {
+        let Places { pairs, hidden, dense } = &*self.places;
+        let all: Vec<_> = self.tensors.iter().collect();
+        let beside = |([_, b], columns): &&([usize; 2], Range<usize>)| columns.len() < all[*b].cols();
+        let parts: Vec<_> =
+            pairs.iter().filter(beside).map(|([_, b], columns)| (*b, columns.clone())).collect();
+        let mut parts = columns_of(&all, &parts).into_iter(); // [n, r] each
+        let pair = |place: &([usize; 2], Range<usize>)| {
+            let [a, b] = place.0.map(|leaf| all[leaf].clone()); // [m, r], [n, Σr]
+            let part = if beside(&place) { parts.next() } else { None };
+            FactorPair { a, b: part.unwrap_or(b) }
+        };
+        Values {
+            pairs: pairs.iter().map(pair).collect(),
+            hidden: self.tensors[hidden.clone()].to_vec(),
+            dense: self.tensors[dense.clone()].to_vec(),
+        }
+    }
+
+    /// [`Tensor::cast`] of every tensor.
+    pub fn cast<C: Backend<Wide = B::Wide>>(&self, device: &C) -> Leaves<C> {
+        let tensors = cast_all(&self.tensors.iter().collect::<Vec<_>>(), device); // like each tensor
+        Leaves { tensors, places: self.places.clone() }
+    }
+
+    /// Any of the tensors' device.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn device(&self) -> &B {
+        self.tensors[0].device()
     }
 }

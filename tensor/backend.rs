@@ -5,6 +5,7 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::{Element, Scalar, Shape, Tensor};
+use std::ops::Range;
 
 /// A device and an element type, e.g. [`Cpu<f32>`](super::Cpu).
 pub trait Backend: Clone + Send + Sync + 'static {
@@ -44,6 +45,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// `c[i] ←` or `+= a[i] · b[i]` for a batch of independent products of one shape. Not the whole batch need be contiguous.
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum);
+    /// `c[:, first[i]..] ← a[i] · b[i]` for a batch of products of one shape, side by side in one matrix: each replaces the columns that it is wide.
+    fn gemm_beside(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut Tensor<Self>, first: &[usize]);
     /// As `gemm`, with sums that are not rounded to this backend's elements: for gradients, which many products add to.
     fn gemm_wide(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self::Wide>], accum: Accum);
     /// `c[i] ← a[i] · b[i]`, where the caller knows each product to be symmetric: one half may be copied from the other.
@@ -68,8 +71,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn add_row(x: &Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
     /// Sum of the rows of `x` [n, d] → \[d\].
     fn sum_rows(x: &Tensor<Self>) -> Tensor<Self>;
-    /// Copies `width` columns of `x`, from `x_start`, over those of `y` from `y_start`; both have n rows.
-    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize);
+    /// Copies columns of some of `xs` over columns of some of `ys`, none of them twice.
+    fn copy_cols(xs: &[&Tensor<Self>], ys: &mut [&mut Tensor<Self>], copies: &[Columns]);
 
     /// Softmax of each row.
     fn softmax(x: &Tensor<Self>) -> Tensor<Self>;
@@ -155,6 +158,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
     );
 }
 
+/// Columns that are copied between two tensors with as many rows. A place is a tensor, counted from 0, and the first column in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns {
+    pub from: (usize, usize),
+    pub to: (usize, usize),
+    pub width: usize,
+}
+
 /// alpha, x, beta and y of `y ← alpha·x + beta·y`.
 pub type Axpby<'a, B> = (f64, &'a Tensor<B>, f64, &'a mut Tensor<B>);
 
@@ -170,10 +181,12 @@ pub enum Accum {
     Add,
 }
 
-/// A matrix operand of a product: a tensor and whether it is read transposed.
+/// A matrix operand of a product: a tensor, or some of its columns, and whether it is read transposed.
 pub struct Mat<'a, B: Backend> {
     pub tensor: &'a Tensor<B>,
     pub transposed: bool,
+    /// The first of the tensor's columns that belong to it, and how many do.
+    pub columns: [usize; 2],
 }
 
 // derived, these would ask for B: Copy
@@ -186,20 +199,40 @@ impl<B: Backend> Copy for Mat<'_, B> {}
 
 impl<'a, B: Backend> From<&'a Tensor<B>> for Mat<'a, B> {
     fn from(tensor: &'a Tensor<B>) -> Self {
-        Self { tensor, transposed: false }
+        Self { tensor, transposed: false, columns: [0, tensor.cols()] }
     }
 }
 
 impl<'a, B: Backend> Mat<'a, B> {
+    /// Columns `range` of a tensor's last axis, without a copy.
+    ///
+    /// # Panics
+    /// If the tensor has not so many.
+    #[track_caller]
+    pub fn columns(tensor: &'a Tensor<B>, range: Range<usize>) -> Self {
+        assert!(range.end <= tensor.cols(), "columns: {range:?} of {}", tensor.shape());
+        Self { tensor, transposed: false, columns: [range.start, range.len()] }
+    }
+
     /// Rows and columns as the product sees them. A tensor of rank 3 or 4 counts as its rows × its last axis.
     pub fn sizes(&self) -> (usize, usize) {
-        let (m, n) = (self.tensor.rows(), self.tensor.cols());
+        let (m, n) = (self.tensor.rows(), self.columns[1]);
         if self.transposed { (n, m) } else { (m, n) }
     }
 
     /// This operand, transposed.
     pub fn t(self) -> Self {
         Self { transposed: !self.transposed, ..self }
+    }
+
+    /// This operand, transposed if that is asked for.
+    pub fn t_if(self, transposed: bool) -> Self {
+        if transposed { self.t() } else { self }
+    }
+
+    /// What operands of one batch have in common: sizes, whether they are transposed, and elements from one of the tensor's rows to the next.
+    pub(crate) fn kind(&self) -> ((usize, usize), bool, usize) {
+        (self.sizes(), self.transposed, self.tensor.cols())
     }
 
     /// The product `self · other`, a new matrix.
@@ -226,7 +259,7 @@ pub(crate) fn products<'a, B: Backend>(
     operands: impl IntoIterator<Item = (Mat<'a, B>, Mat<'a, B>)>,
 ) -> Vec<Tensor<B>> {
     let operands: Vec<_> = operands.into_iter().collect();
-    let kind = |(a, b): &(Mat<B>, Mat<B>)| (a.sizes(), b.sizes(), a.transposed, b.transposed);
+    let kind = |(a, b): &(Mat<B>, Mat<B>)| (a.kind(), b.kind());
     in_batches(&operands, kind, |batch| {
         let (a, b): (Vec<_>, Vec<_>) = batch.iter().copied().unzip();
         let (m, n) = product_shape("products", a[0], b[0]);
@@ -237,11 +270,21 @@ pub(crate) fn products<'a, B: Backend>(
     })
 }
 
+/// `c[:, first..] ← a·b` for each (a, b, first), those of one kind and shape in one batch.
+pub(crate) fn products_beside<B: Backend>(operands: &[(Mat<B>, Mat<B>, usize)], c: &mut Tensor<B>) {
+    let kind = |(a, b, _): &(Mat<B>, Mat<B>, usize)| (a.kind(), b.kind());
+    in_batches(operands, kind, |batch| {
+        let (a, b): (Vec<_>, Vec<_>) = batch.iter().map(|&(a, b, _)| (a, b)).unzip();
+        B::gemm_beside(&a, &b, c, &batch.iter().map(|o| o.2).collect::<Vec<_>>());
+        vec![(); batch.len()]
+    });
+}
+
 /// Applies `f` to batches of one kind each; the results come back in the order of `items`.
 pub(crate) fn in_batches<T: Copy, K: PartialEq, R>(
     items: &[T],
     kind: impl Fn(&T) -> K,
-    f: impl Fn(&[T]) -> Vec<R>,
+    mut f: impl FnMut(&[T]) -> Vec<R>,
 ) -> Vec<R> {
     let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
     while let Some(first) = results.iter().position(Option::is_none) {
@@ -251,6 +294,18 @@ pub(crate) fn in_batches<T: Copy, K: PartialEq, R>(
         members.into_iter().zip(f(&batch)).for_each(|(i, y)| results[i] = Some(y));
     }
     results.into_iter().flatten().collect()
+}
+
+/// Panics unless blocks of `width` columns of `c`, from each of `first` on, are columns of it, and one behind the other.
+#[track_caller]
+pub(crate) fn apart<B: Backend>(first: &[usize], width: usize, c: &Tensor<B>) {
+    let ends = first.iter().map(|first| first + width);
+    let next = first.iter().skip(1).copied().chain([c.cols()]);
+    assert!(
+        ends.zip(next).all(|(end, next)| end <= next),
+        "{width} columns of {} from {first:?} on",
+        c.shape()
+    );
 }
 
 /// The shape of a · b; panics at the caller's line, with both shapes, if the inner sizes differ.
@@ -264,7 +319,12 @@ pub(crate) fn product_shape<B: Backend>(op: &str, a: Mat<B>, b: Mat<B>) -> (usiz
 impl<B: Backend> std::fmt::Display for Mat<'_, B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mark = if self.transposed { "ᵀ" } else { "" };
-        write!(f, "{}{mark}", self.tensor.shape())
+        match self.columns {
+            [0, all] if all == self.tensor.cols() => write!(f, "{}{mark}", self.tensor.shape()),
+            [first, count] => {
+                write!(f, "columns {first}..{} of {}{mark}", first + count, self.tensor.shape())
+            }
+        }
     }
 }
 

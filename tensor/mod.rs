@@ -10,13 +10,14 @@ mod cpu;
 mod scalar;
 mod shape;
 
-pub use backend::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Mat, Unary};
-pub(crate) use backend::{in_batches, items_per_task, product_shape, products};
+pub use backend::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Columns, Mat, Unary};
+pub(crate) use backend::{apart, in_batches, items_per_task, product_shape, products, products_beside};
 pub use cpu::Cpu;
 pub(crate) use cpu::simd;
 pub use scalar::{Bf16, Element, Scalar};
 pub use shape::Shape;
 
+use std::ops::Range;
 use std::{fmt, sync::Arc};
 
 /// An n-dimensional array of `B::Elem` on the device `B` (rank 0 to 4, row-major).
@@ -172,9 +173,28 @@ impl<B: Backend> Tensor<B> {
         Self { shape, ..self.clone() }
     }
 
+    /// Columns `range` of the last axis of x, over as many of this tensor's, from `first` on.
+    ///
+    /// # Panics
+    /// If one of them has fewer, or they have not as many rows.
+    #[track_caller]
+    pub fn copy_cols(&mut self, first: usize, x: &Self, range: Range<usize>) {
+        assert!(
+            x.rows() == self.rows() && range.end <= x.cols() && first + range.len() <= self.cols(),
+            "copy_cols: {range:?} of {} to {first} of {}",
+            x.shape,
+            self.shape
+        );
+        B::copy_cols(
+            &[x],
+            &mut [self],
+            &[Columns { from: (0, range.start), to: (0, first), width: range.len() }],
+        );
+    }
+
     /// This matrix, transposed, as an operand of a product: a flag, not a copy.
     pub fn t(&self) -> Mat<'_, B> {
-        Mat { tensor: self, transposed: true }
+        Mat::from(self).t()
     }
 
     /// The matrix product `self · other`, [m, k] · [k, n] → [m, n]; either side may be transposed with [`Tensor::t`]. A
@@ -251,6 +271,41 @@ pub(crate) fn cast_all<B: Backend, C: Backend<Wide = B::Wide>>(
     device: &C,
 ) -> Vec<Tensor<C>> {
     device.narrow(&B::widen(xs).iter().collect::<Vec<_>>()) // like each x
+}
+
+/// The tensors of each group side by side, along the last axis; a group has one number of rows.
+pub(crate) fn side_by_side<B: Backend>(groups: &[&[&Tensor<B>]]) -> Vec<Tensor<B>> {
+    let scratch = |group: &&[&Tensor<B>]| {
+        let width = group.iter().map(|x| x.cols()).sum();
+        Tensor::scratch(group[0].device(), group[0].shape().with_cols(width)) // [.., Σ cols]
+    };
+    let mut ys: Vec<_> = groups.iter().map(scratch).collect();
+    let (mut copies, mut x) = (Vec::new(), 0);
+    for (y, group) in groups.iter().enumerate() {
+        let mut first = 0;
+        for part in *group {
+            copies.push(Columns { from: (x, 0), to: (y, first), width: part.cols() });
+            (x, first) = (x + 1, first + part.cols());
+        }
+    }
+    B::copy_cols(&groups.concat(), &mut ys.iter_mut().collect::<Vec<_>>(), &copies);
+    ys
+}
+
+/// Columns of some tensors, each with which of them it is from.
+pub(crate) fn columns_of<B: Backend>(xs: &[&Tensor<B>], parts: &[(usize, Range<usize>)]) -> Vec<Tensor<B>> {
+    let scratch = |(x, range): &(usize, Range<usize>)| {
+        Tensor::scratch(xs[*x].device(), xs[*x].shape().with_cols(range.len())) // [.., range]
+    };
+    let mut ys: Vec<_> = parts.iter().map(scratch).collect();
+    let copy = |(y, (x, range)): (usize, &(usize, Range<usize>))| Columns {
+        from: (*x, range.start),
+        to: (y, 0),
+        width: range.len(),
+    };
+    let copies: Vec<_> = parts.iter().enumerate().map(copy).collect();
+    B::copy_cols(xs, &mut ys.iter_mut().collect::<Vec<_>>(), &copies);
+    ys
 }
 
 /// alpha · x for each (alpha, x).

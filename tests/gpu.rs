@@ -19,7 +19,7 @@ use rankgrad::lowrank::{
 #[cfg(feature = "cuda")]
 use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
 use rankgrad::tensor::{
-    Accum, AdamWStep, Attention, Backend, Bf16, Binary, Cpu, Element, Mat, Tensor, Unary,
+    Accum, AdamWStep, Attention, Backend, Bf16, Binary, Columns, Cpu, Element, Mat, Tensor, Unary,
 };
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -75,7 +75,7 @@ fn products<E: Element, B: Backend>(
     let mut c = draws(100, [m, n], false); // [m, n] each
     let mut wide = B::widen(&c.iter().collect::<Vec<_>>()); // [m, n] each
     fn mats<B: Backend>(xs: &[Tensor<B>], transposed: bool) -> Vec<Mat<'_, B>> {
-        xs.iter().map(|tensor| Mat { tensor, transposed }).collect()
+        xs.iter().map(|x| Mat::from(x).t_if(transposed)).collect()
     }
     let (a, b) = (mats(&a, ta), mats(&b, tb));
     for accum in [Accum::Add, Accum::Replace, Accum::Add] {
@@ -524,7 +524,7 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     let tape = Tape::new(device);
     out.push(tape.constant(&x).rope(&rope, 35, 5).value());
     let mut z = y.clone();
-    B::copy_cols(&x, 7, &mut z, 100, 150);
+    z.copy_cols(100, &x, 7..157);
     z.axpby(0.3, &x, -1.5);
     out.push(z);
     let [mut w, mut m, mut v] = [x.clone(), y.clone(), B::binary(Binary::Mul, &y, &y)];
@@ -542,6 +542,31 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend(back);
     let [tiny, huge, zero] = [1e-32, 1e32, 0.0].map(|scale| odd.scale(scale)); // [9, 37] each
     out.extend(B::normalised(&[(&odd, &odd), (&x, &y), (&tiny, &odd), (&zero, &more), (&huge, &odd)]));
+    for first in [8, 3] {
+        // columns that begin at 16 bytes, and some that do not: read, read transposed, and written
+        let part = |x, i: usize| Mat::columns(x, first + 40 * i..first + 40 * i + 24);
+        let mut z = draw(device, 14, &[n, 2 * n + 30]); // [70, 170]
+        B::gemm_beside(
+            &[part(&x, 0), part(&y, 1)],
+            &[part(&y, 2).t(), part(&x, 3).t()],
+            &mut z,
+            &[first, first + n + 8],
+        );
+        let mut small = draw(device, 15, &[24, 90]); // [24, 90]
+        B::gemm_beside(&[part(&x, 0).t()], &[part(&y, 1)], &mut small, &[first]);
+        let (mut sum, mut sum_wide) =
+            (draw(device, 16, &[24, 24]), draw(device, 17, &[24, 24]).cast(&device.wide())); // [24, 24] × 2
+        B::gemm(&[part(&x, 2).t()], &[part(&y, 3)], &mut [&mut sum], Accum::Add);
+        B::gemm_wide(&[part(&x, 4).t()], &[part(&y, 0)], &mut [&mut sum_wide], Accum::Add);
+        out.extend([z, small, sum]);
+        wide.push(sum_wide);
+        let mut w = [y.clone(), x.clone()]; // [70, 304] × 2
+        let block = |from, to, width| Columns { from, to, width };
+        let copies =
+            [block((0, first), (1, 2), 100), block((1, 7), (0, first), 31), block((0, 200), (0, 240), 64)];
+        B::copy_cols(&[&x, &dy], &mut w.iter_mut().collect::<Vec<_>>(), &copies);
+        out.extend(w);
+    }
     let values = out.iter().map(Tensor::to_f64).chain(wide.iter().map(Tensor::to_f64));
     values.chain([vec![x.norm(), B::sum(&x)]]).collect()
 }
@@ -915,6 +940,15 @@ fn on_a_fake_driver() {
                 let fine = single < 1e-6 && half < Bf16::UNIT_ROUNDOFF && wide < 1e-6;
                 assert!(fine, "{count} products, {k}, {ta} {tb}: {single:e} {half:e} {wide:e}");
             }
+        }
+        // two products at once, or one by one where that is faster, as it is here if A is transposed
+        for (t, name, calls) in [(false, "gemm f32 2 of 5×7·7×3", 1), (true, "gemm f32 (7×5)ᵀ·7×3", 2)]
+        {
+            for _ in 0..2 {
+                gpu.watch_kernels(); // the first time both ways are tried
+                products::<f32, _>(&gpu, 2, [5, 7, 3], [t, false]);
+            }
+            assert_eq!(gpu.kernel_times()[name].calls, 6 * calls); // three times two kinds of sums
         }
         graphs_change_no_bit(&gpu);
         // what one size leaves behind is given up for another

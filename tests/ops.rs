@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use rand_distr::{Distribution, StandardNormal};
 use rankgrad::autograd::{Rope, Tape, Var, concat, gradcheck};
 use rankgrad::gpu::Cuda;
+use rankgrad::lowrank::{FactorPair, Pair, Params, Values};
 use rankgrad::tensor::{Attention, Backend, Bf16, Cpu, Element, Tensor};
 use std::collections::BTreeSet;
 
@@ -227,15 +228,16 @@ fn table() -> Vec<Row> {
         row!("linear", |z, x| [[z.batch, z.tq, z.k], [z.m, z.k]] => x[0].linear(x[1])).naive(naive_linear),
         row!("lowrank_linear", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.k, z.r]] => x[0].lowrank_linear(x[1], x[2]))
             .naive(naive_lowrank_linear),
-        row!("lowrank_linears", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.k, z.r], [z.m, z.r], [z.k, z.r], [z.m, 1], [z.k, 1]] => {
-            let [y, z, v] = x[0].lowrank_linears([[x[1], x[2]], [x[3], x[4]], [x[5], x[6]]]);
+        row!("lowrank_linears", |z, x| [[z.batch, z.tq, z.k], [z.m, z.r], [z.m, z.r], [z.m, 1], [z.k, 2 * z.r + 1]] => {
+            let [y, z, v] = x[0].lowrank_linears([x[1], x[2], x[3]], x[4]);
             y + z * v
         })
             .naive(|x, z| {
-                let y = |i: usize, r: usize| {
-                    naive_lowrank_linear(&[x[0].clone(), x[i].clone(), x[i + 1].clone()], &Sizes { r, ..*z })
+                let y = |i: usize, first: usize, r: usize| {
+                    let b = ArrayD::from_shape_fn(vec![z.k, r], |at| x[4][[at[0], first + at[1]]]);
+                    naive_lowrank_linear(&[x[0].clone(), x[i].clone(), b], &Sizes { r, ..*z })
                 };
-                y(1, z.r).iter().zip(y(3, z.r)).zip(y(5, 1)).map(|((y, z), v)| y + z * v).collect()
+                y(1, 0, z.r).iter().zip(y(2, z.r, z.r)).zip(y(3, 2 * z.r, 1)).map(|((y, z), v)| y + z * v).collect()
             }),
         row!("add_bias", |z, x| [[z.batch, z.n, z.d], [z.d]] => x[0].add_bias(x[1])).naive(naive_add_bias),
         row!("softmax", |z, x| [[z.batch, z.n, z.d]] => x[0].softmax()).naive(naive_softmax),
@@ -784,14 +786,64 @@ fn layers_of_one_input_may_share_factors() {
         let tape = Tape::new(&cpu);
         let [vx, va, vb, vc] = [&x, &a, &b, &c].map(|value| tape.leaf(value));
         let before = [&a, &b].map(Clone::clone); // of A and B alone: gradients have their shapes
-        let pairs = [[va, vb], [vc, vb], [va, vb.scale(2.0)]];
-        let ys =
-            if together { vx.lowrank_linears(pairs) } else { pairs.map(|[a, b]| vx.lowrank_linear(a, b)) };
+        let (a, b) = ([va, vc, va], [vb, vb, vb.scale(2.0)]);
+        let ys = match together {
+            true => vx.lowrank_linears(a, concat(&b)),
+            false => [0, 1, 2].map(|i| vx.lowrank_linear(a[i], b[i])),
+        };
         let loss = ys.into_iter().map(|y| (y * y).sum()).reduce(|a, b| a + b).expect("three"); // [1]
         let grads = loss.backward_onto([va.id(), vb.id()].into_iter().zip(before));
         [vx, va, vb, vc].map(|v| grads.get(v).expect("reached").to_f64()).into()
     };
     assert_eq!(gradients(true), gradients(false)); // integers: exact in whatever order they are added
+}
+
+/// Pairs whose B are one leaf, beside pairs and tensors that are not: values, and gradients over two batches, are those of leaves of their own.
+/// Of the second batch one of the pairs gets no gradient.
+#[test]
+fn pairs_of_one_input_lie_side_by_side() {
+    let cpu = Cpu::<f64>::default();
+    let draw = |rows: usize, cols: usize, from: f64| {
+        Tensor::from_fn(&cpu, [rows, cols], |i| ((i * 7 + 3) % 11) as f64 - from) // [rows, cols]
+    };
+    let mut params = Params::default();
+    let mut add = |name: &str, m: usize, r: usize| {
+        params.pair(name, FactorPair::new(draw(m, r, r as f64), draw(3, r, 4.0))) // [m, r], [3, r]
+    };
+    let [lone, q, k, v] =
+        [("lone", 5, 2), ("q", 5, 2), ("k", 4, 3), ("v", 5, 2)].map(|(name, m, r)| add(name, m, r));
+    let (w, g) = (params.hidden("w", draw(5, 3, 1.0)), params.dense("g", draw(1, 5, 2.0).reshape([5]))); // [5, 3], [5]
+    let leaves = params.leaves(&[vec![v, q, k]]);
+    let same = |a: &Values<_>, b: &Values<_>| {
+        let pairs = a.tensors().zip(b.tensors());
+        pairs.for_each(|(a, b)| assert_eq!((a.shape(), a.to_vec()), (b.shape(), b.to_vec())));
+    };
+    same(&leaves.values(), &params.values);
+    let gradients = |together: bool| {
+        let leaves = if together { leaves.clone() } else { params.leaves(&[]) };
+        let mut sum = None;
+        for used in [3, 2] {
+            let tape = Tape::new(&cpu);
+            let p = leaves.on(&tape);
+            let x = tape.constant(&draw(4, 3, used as f64)); // [4, 3]
+            let ys = match together {
+                true => x.lowrank_linears([v, q, k].map(|pair| p[pair].a), p[q].b),
+                false => [v, q, k].map(|pair| x.lowrank_linear(p[pair].a, p[pair].b)),
+            };
+            let rest = x.linear(p[w]).add_bias(p[g]) + x.lowrank_linear(p[lone].a, p[lone].b); // [4, 5]
+            let all = ys.into_iter().take(used).chain([rest]);
+            let loss = all.map(|y| (y * y).sum()).reduce(|a, b| a + b).expect("some"); // [1]
+            let before = sum.take().into_iter().flat_map(|sum| p.pair_up(sum));
+            sum = Some(p.leaf_gradients(loss.backward_onto(before)));
+        }
+        sum.expect("two batches").values()
+    };
+    same(&gradients(true), &gradients(false)); // integers: exact in whatever order they are added
+    let refused = |sharing: Vec<Pair>| {
+        let all = std::panic::AssertUnwindSafe(|| drop(params.leaves(&[vec![q, k], sharing])));
+        *std::panic::catch_unwind(all).expect_err("refused").downcast::<String>().expect("a message")
+    };
+    assert!(refused(vec![v, q]).contains("q is in a group already"));
 }
 
 /// Some rows of logits at a time, the last of them fewer: value and gradients of all at once, to the rounding of another order of sums.

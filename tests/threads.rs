@@ -60,7 +60,7 @@ fn products<T: Scalar>(name: &str) {
             same_under_all_pools(&format!("{name} {m}×{k}×{n} {ta} {tb} {add}"), || {
                 let mut c = start.clone(); // [m, n]
                 let accum = if add { Accum::Add } else { Accum::Replace };
-                let (a, b) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+                let (a, b) = (Mat::from(&a).t_if(ta), Mat::from(&b).t_if(tb));
                 Cpu::<T>::gemm(&[a], &[b], &mut [&mut c], accum);
                 vec![bits(&c)]
             });

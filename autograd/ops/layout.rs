@@ -1,7 +1,7 @@
 //! Ops that move elements without changing them.
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Shape, Tensor};
+use crate::tensor::{Backend, Shape, Tensor, columns_of, side_by_side};
 use std::ops::Range;
 
 impl<'t, B: Backend> Var<'t, B> {
@@ -30,12 +30,11 @@ impl<'t, B: Backend> Var<'t, B> {
             "slice: {range:?} of the last axis of {shape}, which has {} columns",
             x.cols()
         );
-        let mut y = Tensor::scratch(x.device(), shape.with_cols(width)); // [.., width]
-        B::copy_cols(&x, start, &mut y, 0, width);
+        let y = columns_of(&[&x], &[(0, range.clone())]).remove(0); // [.., width]
         let ix = self.id();
         self.tape().record("slice", &[self], y, move |dy, grads| {
             let mut dx = Tensor::zeros(dy.device(), shape); // like x
-            B::copy_cols(&dy, 0, &mut dx, start, width);
+            dx.copy_cols(start, &dy, 0..width);
             grads.add(ix, dx);
         })
     }
@@ -62,20 +61,17 @@ pub fn concat<'t, B: Backend>(parts: &[Var<'t, B>]) -> Var<'t, B> {
             "concat: {shape} and {other} differ before the last axis"
         );
     }
-    let total = values.iter().map(Tensor::cols).sum();
-    let mut y = Tensor::scratch(values[0].device(), shape.with_cols(total)); // [.., total]
-    let mut pieces = Vec::new(); // (input, its shape, its first column)
-    let mut start = 0;
-    for (x, part) in values.iter().zip(parts) {
-        B::copy_cols(x, 0, &mut y, start, x.cols());
-        pieces.push((part.id(), x.shape(), start));
-        start += x.cols();
-    }
+    let y = side_by_side(&[&values.iter().collect::<Vec<_>>()]).remove(0); // [.., Σ cols]
+    let ids: Vec<_> = parts.iter().map(|x| x.id()).collect();
+    let widths: Vec<_> = values.iter().map(Tensor::cols).collect();
     first.tape().record("concat", parts, y, move |dy, grads| {
-        for (ix, shape, start) in pieces {
-            let mut dx = Tensor::scratch(dy.device(), shape); // like the part
-            B::copy_cols(&dy, start, &mut dx, 0, shape.cols());
-            grads.add(ix, dx);
-        }
+        let mut end = 0;
+        let part = |&width: &usize| {
+            end += width;
+            (0, end - width..end)
+        };
+        let parts: Vec<_> = widths.iter().map(part).collect();
+        let dxs = columns_of(&[&dy], &parts); // like each part
+        ids.into_iter().zip(dxs).for_each(|(id, dx)| grads.add(id, dx));
     })
 }

@@ -3,8 +3,9 @@
 //! Letters: N rows of x (its leading axes together), n inputs, m outputs, r rank; W [m, n] = A [m, r] · Bᵀ, B [n, r].
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Mat, Tensor, product_shape, products};
+use crate::tensor::{Backend, Mat, Shape, Tensor, product_shape, products, products_beside};
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 
 impl<'t, B: Backend> Var<'t, B> {
@@ -38,7 +39,7 @@ impl<'t, B: Backend> Var<'t, B> {
     #[track_caller]
     fn product(self, ta: bool, other: Self, tb: bool) -> Self {
         let (a, b) = (self.value(), other.value());
-        let (left, right) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+        let (left, right) = (Mat::from(&a).t_if(ta), Mat::from(&b).t_if(tb));
         assert!(
             a.shape().dims().len() == 2 && b.shape().dims().len() == 2,
             "matmul: {left} · {right}: both must be matrices"
@@ -47,7 +48,7 @@ impl<'t, B: Backend> Var<'t, B> {
         let (ia, ib) = (self.id(), other.id());
         self.tape().record("matmul", &[self, other], y, move |dy, grads| {
             // with P = A or Aᵀ and Q = B or Bᵀ, Y = P·Q: dP = dY·Qᵀ, dQ = Pᵀ·dY; a transposed operand takes the transpose
-            let (p, q) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+            let (p, q) = (Mat::from(&a).t_if(ta), Mat::from(&b).t_if(tb));
             if ta {
                 grads.matmul(ia, q, dy.t());
             } else {
@@ -97,36 +98,45 @@ impl<'t, B: Backend> Var<'t, B> {
         })
     }
 
-    /// [`Var::lowrank_linear`] of one x with each (A, B): products of one shape, forward and backward, are one batch, which a GPU is
-    /// asked for once.
+    /// [`Var::lowrank_linear`] of one x with each of several pairs, whose B [n, r] lie side by side: (x·\[B₁|B₂|…\])·A₁ᵀ, and so on; x [.., n],
+    /// A [m, r] each, B [n, Σr] → [.., m] each. So x is read once, forward and backward, and its gradient is one sum.
     ///
     /// A node of a tape has one value. So one node stands for all, before those of the ys, which hand it their gradients: its turn comes
     /// behind theirs.
     ///
     /// # Panics
-    /// As [`Var::lowrank_linear`].
+    /// If the ranks of all A together are not that of B, or its rows are not the last axis of x.
     #[track_caller]
-    pub fn lowrank_linears<const K: usize>(self, pairs: [[Self; 2]; K]) -> [Self; K] {
-        let (tape, x) = (self.tape(), self.value());
-        let factors = pairs.map(|[a, b]| [a.value(), b.value()]);
-        let shapes = factors.each_ref().map(|[a, b]| x.shape().with_cols(check_pair(&x, a, b)[0]));
-        let hs = products(factors.iter().map(|[_, b]| (Mat::from(&x), b.into()))); // [N, r] each
-        let ys = products(hs.iter().zip(&factors).map(|(h, [a, _])| (h.into(), a.t()))); // [N, m] each
-        let (ix, ids, none) =
-            (self.id(), pairs.map(|[a, b]| [a.id(), b.id()]), Tensor::zeros(tape.device(), [0])); // [0]
+    pub fn lowrank_linears<const K: usize>(self, a: [Self; K], b: Self) -> [Self; K] {
+        let (tape, x, b_) = (self.tape(), self.value(), b.value());
+        let factors = a.map(|a| a.value()); // [m, r] each
+        let (h_columns, shapes) = check_pairs(&x, &factors, &b_);
+        let h = x.matmul(&b_); // [N, Σr]
+        let part = |i: usize| Mat::columns(&h, h_columns[i].clone());
+        let ys = products(factors.iter().enumerate().map(|(i, a)| (part(i), a.t()))); // [N, m] each
+        let (ix, ia, ib) = (self.id(), a.map(|a| a.id()), b.id());
+        let none = Tensor::zeros(tape.device(), [0]); // [0]
         let dys = Rc::new(RefCell::new(vec![None::<Tensor<B>>; K]));
         let handed = dys.clone();
-        let inputs: Vec<Self> = pairs.into_iter().flatten().chain([self]).collect();
+        let inputs: Vec<Self> = a.into_iter().chain([b, self]).collect();
         let all = tape.record("lowrank_linears", &inputs, none.clone(), move |_, grads| {
-            let dys = handed.take().into_iter().enumerate().filter_map(|(i, dy)| Some((i, dy?)));
-            let dys: Vec<_> = dys.collect(); // [.., m] each
-            let dhs = products(dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i][0]).into()))); // [N, r] each
-            let das = dys.iter().map(|(i, dy)| (ids[*i][0], dy.t(), (&hs[*i]).into())); // [m, r] each
-            let dbs = dys.iter().zip(&dhs).map(|((i, _), dh)| (ids[*i][1], x.t(), dh.into())); // [n, r] each
-            grads.matmuls(das.chain(dbs).collect());
-            for ((i, _), dh) in dys.iter().zip(&dhs) {
-                grads.matmul(ix, dh, factors[*i][1].t()); // dx [.., n]
+            let dys: Vec<_> =
+                handed.take().into_iter().enumerate().filter_map(|(i, dy)| Some((i, dy?))).collect(); // [.., m] each
+            let whole = dys.len() == K; // else there are columns that nothing is added to
+            let mut dh = match whole {
+                true => Tensor::scratch(x.device(), h.shape()),
+                false => Tensor::zeros(x.device(), h.shape()),
+            }; // [N, Σr]
+            // on a processor one at a time, while what was read of its dy is still in a cache
+            for dys in dys.chunks(if B::ASYNCHRONOUS { K } else { 1 }) {
+                let products =
+                    dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i]).into(), h_columns[*i].start));
+                products_beside(&products.collect::<Vec<_>>(), &mut dh); // dh = [dy₁·A₁|dy₂·A₂|…]
+                let part = |i: usize| Mat::columns(&h, h_columns[i].clone());
+                grads.matmuls(dys.iter().map(|(i, dy)| (ia[*i], dy.t(), part(*i))).collect()); // dA [m, r] each
             }
+            grads.matmul(ib, x.t(), &dh); // dB [n, Σr]
+            grads.matmul(ix, &dh, b_.t()); // dx [.., n]
         });
         let mut ys = ys.into_iter().zip(shapes).enumerate();
         std::array::from_fn(|_| {
@@ -178,4 +188,34 @@ fn check_pair<B: Backend>(x: &Tensor<B>, a: &Tensor<B>, b: &Tensor<B>) -> [usize
         xs.cols()
     );
     [m, r]
+}
+
+/// The columns of x·B that belong to each A [m, r], and the shapes [.., m] of the results.
+#[track_caller]
+fn check_pairs<B: Backend, const K: usize>(
+    x: &Tensor<B>,
+    all: &[Tensor<B>; K],
+    b: &Tensor<B>,
+) -> ([Range<usize>; K], [Shape; K]) {
+    let (xs, sb, ranks) = (x.shape(), b.shape(), all.each_ref().map(Tensor::cols));
+    assert!(
+        sb.dims().len() == 2 && all.iter().all(|a| a.shape().dims().len() == 2),
+        "lowrank_linears: x {xs}, B {sb}: A and B must be matrices"
+    );
+    assert!(
+        ranks.iter().sum::<usize>() == sb.cols(),
+        "lowrank_linears: x {xs}, B {sb}: the ranks {ranks:?} of all A are not the columns of B"
+    );
+    assert!(
+        xs.cols() == sb.rows(),
+        "lowrank_linears: x {xs}, B {sb}: inner sizes {} of x and {} of B differ",
+        xs.cols(),
+        sb.rows()
+    );
+    let mut end = 0;
+    let columns = ranks.map(|r| {
+        end += r;
+        end - r..end
+    });
+    (columns, all.each_ref().map(|a| xs.with_cols(a.rows())))
 }

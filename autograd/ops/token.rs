@@ -108,7 +108,7 @@ impl<'t, B: Backend> Var<'t, B> {
         for (i, targets) in targets.chunks(at_once).enumerate() {
             let (c, start) = (targets.len(), i * at_once * d);
             let mut part = Tensor::scratch(device, [1, c * d]); // [1, c·d]
-            B::copy_cols(&row, start, &mut part, 0, c * d);
+            part.copy_cols(0, &row, start..start + c * d);
             let part = part.reshape([c, d]); // [c, d]
             let logits = part.matmul(wt.t()); // [c, v]
             let of_all = c as f64 / n as f64;
@@ -117,7 +117,7 @@ impl<'t, B: Backend> Var<'t, B> {
             loss.axpby(of_all, &mean, 1.0);
             if let Some(dx) = &mut dx {
                 let part = dlogits.matmul(&wt).reshape([1, c * d]); // [1, c·d]
-                B::copy_cols(&part, 0, dx, start, c * d);
+                dx.copy_cols(start, &part, 0..c * d);
             }
             if let Some(dw) = &mut dw {
                 let accum = if i == 0 { Accum::Replace } else { Accum::Add };

@@ -80,12 +80,27 @@ KERNEL(add_row)(const T* x, const T* b, T* y, u64 n, u32 d) {
     FOR_EACH(i, n) y[i] = x[i] + b[i % d];
 }
 
-// Columns x_start… of x [rows, dx] over columns y_start… of y [rows, dy], `width` of them.
-KERNEL(copy_cols)(const T* x, u32 dx, u32 x_start, T* y, u32 dy, u32 y_start, u32 width, u64 rows) {
-    FOR_EACH(i, rows * width) {
+// `rows` rows of `width` elements: x and y are the first of them, dx and dy lie between those below each other.
+__device__ void copy_block(Thread thread, const T* x, u32 dx, T* y, u32 dy, u32 width, u32 rows) {
+    for (u64 i = thread.number; i < (u64)rows * width; i += thread.count) {
         const u64 row = i / width, c = i % width;
-        y[row * dy + y_start + c] = x[row * dx + x_start + c];
+        y[row * dy + c] = x[row * dx + c];
     }
+}
+
+KERNEL(copy_cols)(const T* x, u32 dx, T* y, u32 dy, u32 width, u32 rows) {
+    copy_block(thread_of_grid(), x, dx, y, dy, width, rows);
+}
+
+// The same for each block of a batch.
+struct Block {
+    T* y;
+    const T* x;
+    u32 dy, dx, width, rows;
+};
+KERNEL(copy_cols_each)(const Block* blocks) {
+    const Block b = blocks[blockIdx.x];
+    copy_block(thread_of_term(), b.x, b.dx, b.y, b.dy, b.width, b.rows);
 }
 
 // ---- swiglu: y = silu(a) ∘ b, silu(a) = a·σ(a)

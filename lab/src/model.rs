@@ -64,22 +64,24 @@ impl Linear {
         }
     }
 
-    /// [`Linear::apply`] of each to one x. On a GPU, factor pairs as one op: it is asked for a third of the products so, each three times as
-    /// long. On a processor one alone is enough for all threads.
+    /// [`Linear::apply`] of each to one x: as one op, if their B are one leaf.
     fn apply_all<'t, B: Backend, const K: usize>(
         all: [Self; K],
         w: &ParamVars<'t, B>,
         x: Var<'t, B>,
         guides: &[f64],
     ) -> [Var<'t, B>; K] {
-        let factored = all.iter().all(|linear| matches!(linear, Self::Factored(_)));
-        if factored && B::ASYNCHRONOUS {
-            return x.lowrank_linears(all.map(|linear| match linear {
-                Self::Factored(pair) => [w[pair].a, w[pair].b],
-                _ => unreachable!("all are pairs"),
-            }));
+        let pairs: Vec<_> = all.iter().filter_map(|linear| linear.factored()).collect();
+        let shared = pairs.iter().all(|&pair| w[pair].b.id() == w[pairs[0]].b.id());
+        match <[Pair; K]>::try_from(pairs) {
+            Ok(pairs) if shared => x.lowrank_linears(pairs.map(|pair| w[pair].a), w[pairs[0]].b), // [N, m] each
+            _ => all.map(|linear| linear.apply(w, x, guides)), // [N, m] each
         }
-        all.map(|linear| linear.apply(w, x, guides)) // [N, m] each
+    }
+
+    /// The pair, if it is nothing else.
+    fn factored(self) -> Option<Pair> {
+        if let Self::Factored(pair) = self { Some(pair) } else { None }
     }
 }
 
@@ -206,6 +208,16 @@ impl<B: Backend> Model<B> {
             Self { embedding, blocks, norm, head, rope, norm_eps, heads, kv_heads, context, guides };
         model.guide_at(0, config, &mut params);
         (model, params)
+    }
+
+    /// The pairs that read one input, for [`Params::leaves`]: queries, keys and values of a block, and its gate and up.
+    pub fn sharing(&self) -> Vec<Vec<Pair>> {
+        let groups = self
+            .blocks
+            .iter()
+            .flat_map(|block| [vec![block.q, block.k, block.v], vec![block.gate, block.up]]);
+        let pairs = groups.filter_map(|group| group.into_iter().map(Linear::factored).collect());
+        pairs.collect()
     }
 
     /// Gives the guides of self-guided training the weight of `step`; once that is 0, drops them from `params`.

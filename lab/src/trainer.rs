@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use rankgrad::autograd::{NonFinite, OpTime, Tape};
 use rankgrad::lowrank::{
-    Accuracy, AdamW, FactorPair, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, StepReport, Values,
-    clip_global_norm, matrix_telemetry, pair_telemetry,
+    Accuracy, AdamW, FactorPair, Leaves, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, StepReport,
+    Values, clip_global_norm, matrix_telemetry, pair_telemetry,
 };
 use rankgrad::parallel::{Collective, Division, Failed, Link};
 use rankgrad::tensor::{Backend, Cpu, Tensor};
@@ -98,9 +98,9 @@ const TOKENS: usize = 128;
 
 /// What sequences added, of a lane or of all that a worker has: `loss` and `grads` are sums over their tokens, divided by the tokens
 /// of the whole step.
-struct Pass<B: Backend> {
+struct Pass<G> {
     loss: f64,
-    grads: Values<B>,
+    grads: G,
     forward: Duration,
     backward: Duration,
     op_times: OpTimes,
@@ -116,62 +116,62 @@ struct Part<'a> {
     timed: bool,
 }
 
-/// [`lane`] on a device, with the parameters of one step: copies in the device's precision, if theirs is another.
+/// Gradients so far, as the tape has them; None: nothing yet.
+type Sum<B> = Option<Leaves<<B as Backend>::Wide>>;
+/// [`lane`] on a device, with the parameters of one step, in the device's precision.
 type LaneOf<'a, B> =
-    Box<dyn Fn(&Model<B>, Part, Values<B>) -> std::result::Result<Pass<B>, Option<NonFinite>> + Sync + 'a>;
-type Lane<B> = Box<dyn for<'a> Fn(&'a Params<B>) -> LaneOf<'a, B> + Send + Sync>;
+    Box<dyn Fn(&Model<B>, Part, Sum<B>) -> std::result::Result<Pass<Sum<B>>, Option<NonFinite>> + Sync + 'a>;
+type Lane<B> = Box<dyn for<'a> Fn(&Model<B>, &'a Params<B>) -> LaneOf<'a, B> + Send + Sync>;
 
 /// Forward and backward over a part of a batch, on top of the gradients `before`.
 ///
-/// On a tape of the device's precision, C. Gradients of parameters have theirs on every tape, and are on `own`. bf16 has the exponents of
-/// f32, so nothing overflows that would not there, and no loss is scaled.
+/// On a tape of the device's precision, C; gradients of parameters are in f32 on every tape. bf16 has the exponents of f32, so nothing
+/// overflows that would not there, and no loss is scaled.
 ///
 /// # Errors
 /// A loss that is not finite: the first op that was not.
 fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
-    own: &B,
-    params: &Params<C>,
+    leaves: &Leaves<C>,
     model: &Model<B>,
     Part { batch, rows, share, timed }: Part,
-    before: Values<B>,
-) -> std::result::Result<Pass<B>, Option<NonFinite>> {
-    let (device, len) = (params.values.dense[0].device(), batch.inputs.len() / batch.rows);
+    mut sum: Sum<B>,
+) -> std::result::Result<Pass<Sum<B>>, Option<NonFinite>> {
+    let (device, len) = (leaves.device(), batch.inputs.len() / batch.rows);
     let at_once = if C::ASYNCHRONOUS { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
-    let mut sum = before.cast(&device.wide());
-    drop(before); // else they would be copied before they are added to
     let mut op_times = OpTimes::new();
     for row in rows.clone().step_by(at_once) {
         let start = Instant::now();
         let rows = row..rows.end.min(row + at_once);
         let tokens = rows.start * len..rows.end * len;
         let tape = if timed { Tape::timed(device) } else { Tape::new(device) };
-        let w = params.on(&tape);
+        let w = leaves.on(&tape);
         let (inputs, targets) = (&batch.inputs[tokens.clone()], &batch.targets[tokens]);
         let share = share * rows.len() as f64 / batch.rows as f64;
         let (part, exact) = model.loss(&w, inputs, targets, rows.len(), share); // [1], [1]
         forward += start.elapsed();
 
         let start = Instant::now();
-        sum = w.gradients(part.backward_onto(w.pair_up(sum)));
+        let before = sum.take().into_iter().flat_map(|sum| w.pair_up(sum));
+        sum = Some(w.leaf_gradients(part.backward_onto(before)));
         let value = share * exact.item(); // not before: a GPU would be waited for
         backward += start.elapsed();
         if !value.is_finite() {
             let tape = Tape::keeping(device); // once more, to see all values
-            model.loss(&params.on(&tape), inputs, targets, rows.len(), share); // [1]
+            model.loss(&leaves.on(&tape), inputs, targets, rows.len(), share); // [1]
             return Err(tape.first_non_finite());
         }
         loss += value;
         add_times(&mut op_times, tape.times());
     }
-    Ok(Pass { loss, grads: sum.cast(own), forward, backward, op_times })
+    Ok(Pass { loss, grads: sum, forward, backward, op_times })
 }
 
 fn lane_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Lane<B> {
-    Box::new(move |params| {
-        let (own, copies) = (params.values.dense[0].device(), params.cast(&device));
-        Box::new(move |model, part, before| lane(own, &copies, model, part, before))
+    Box::new(move |model, params| {
+        let leaves = params.leaves(&model.sharing()).cast(&device);
+        Box::new(move |model, part, before| lane(&leaves, model, part, before))
     })
 }
 
@@ -263,11 +263,11 @@ impl<B: Backend> Trainer<B> {
     ///
     /// # Errors
     /// A loss that is not finite, as for [`Trainer::step`].
-    fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Pass<B>> {
+    fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Pass<Values<B>>> {
         let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
         let mut loss = 0.0;
-        let mut sums: Vec<Values<B>> = Vec::new(); // of each lane
-        let on_params = (self.lane)(&self.params);
+        let mut sums: Vec<Sum<B>> = Vec::new(); // of each lane
+        let on_params = (self.lane)(&self.model, &self.params);
         let share = 1.0 / micro_batches.len() as f64;
         let (worker, workers) = (self.link().worker(), self.link().workers());
         for (i, batch) in micro_batches.iter().enumerate() {
@@ -281,8 +281,8 @@ impl<B: Backend> Trainer<B> {
             let long = batch.inputs.len() / batch.rows * self.config.dim >= LONG;
             let lanes = if B::ASYNCHRONOUS || long { 1 } else { own.len().min(LANES) };
             let timed = self.op_times.is_some();
-            sums.resize_with(lanes, Values::default);
-            let lane = |(i, before): (usize, Values<B>)| {
+            sums.resize_with(lanes, || None);
+            let lane = |(i, before): (usize, Sum<B>)| {
                 let rows = own.start + own.len() * i / lanes..own.start + own.len() * (i + 1) / lanes;
                 on_params(&self.model, Part { batch, rows, share, timed }, before)
             };
@@ -309,7 +309,8 @@ impl<B: Backend> Trainer<B> {
             forward += part;
             backward += wall - part;
         }
-        let mut sums = sums.into_iter();
+        let values = |sum: Leaves<B::Wide>| sum.cast(&self.device).values();
+        let mut sums = sums.into_iter().flatten().map(values);
         let mut grads = sums.next().expect("a step has at least one batch");
         sums.for_each(|sum| grads.add_scaled(1.0, &sum));
         Ok(Pass { loss, grads, forward, backward, op_times: OpTimes::new() })
@@ -432,9 +433,10 @@ fn sum_of_losses<B: Backend>(
     batches: impl Iterator<Item = Batch>,
 ) -> (f64, u64) {
     let (mut sum, mut tokens) = (0.0, 0);
+    let leaves = params.leaves(&model.sharing());
     for b in batches {
-        let tape = Tape::new(params.values.dense[0].device());
-        let w = params.constants_on(&tape);
+        let tape = Tape::new(leaves.device());
+        let w = leaves.constants_on(&tape);
         let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows, 1.0); // [1]
         sum += loss.item() * b.inputs.len() as f64;
         tokens += b.inputs.len() as u64;

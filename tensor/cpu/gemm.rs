@@ -4,7 +4,7 @@
 //! change a result. tests/threads.rs holds that to the bit.
 //! Letters: C (m×n) = A (m×k) · B (k×n).
 
-use super::{Accum, Buffer, Cpu, Mat, Product, Scalar, Tensor, gemv, simd};
+use super::{Accum, Buffer, Cpu, Mat, Product, Scalar, Tensor, apart, gemv, simd};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -32,14 +32,14 @@ struct Task<T> {
     /// As in [`Product`].
     lower: Option<usize>,
 }
-// SAFETY: `gemm` makes tasks that write disjoint parts of C and only read A and B, which outlive them
+// SAFETY: `tiles` makes tasks that write disjoint parts of C and only read A and B, which outlive them
 unsafe impl<T: Send> Send for Task<T> {}
 unsafe impl<T: Sync> Sync for Task<T> {}
 
 impl<T: Scalar> Task<T> {
     fn run(&self, accum: Accum) {
         let Self { sizes, a, b, c, lower } = *self;
-        // SAFETY: `gemm` derived pointers, sizes and strides from live tensors of matching shapes
+        // SAFETY: `tiles` derived pointers, sizes and strides from live tensors of matching shapes
         unsafe {
             T::gemm(Product {
                 sizes,
@@ -55,10 +55,23 @@ impl<T: Scalar> Task<T> {
 
 fn raw<T: Scalar>(mat: &Mat<Cpu<T>>) -> Raw<*const T> {
     // the slice refuses a buffer shorter than its shape, which a user could hand over
-    let first = mat.tensor.buffer()[..mat.tensor.len()].as_ptr();
+    let first = mat.tensor.buffer()[..mat.tensor.len()].as_ptr().wrapping_add(mat.columns[0]);
     let stride = mat.tensor.cols() as isize;
     let (row, col) = if mat.transposed { (1, stride) } else { (stride, 1) };
     Raw { first, row, col }
+}
+
+/// m, k and n of each product of a batch.
+fn sizes<T: Scalar>(a: &[Mat<Cpu<T>>], b: &[Mat<Cpu<T>>]) -> Option<[usize; 3]> {
+    let ((m, k), n) = (a.first()?.sizes(), b.first()?.sizes().1);
+    let alike = a.iter().zip(b).all(|(a, b)| a.sizes() == (m, k) && b.sizes() == (k, n));
+    assert!(
+        alike && a.len() == b.len(),
+        "gemm: every product of a batch has one shape, as {} · {}",
+        a[0],
+        b[0]
+    );
+    Some([m, k, n])
 }
 
 /// `symmetric`: so are the products, and only what is on and below their diagonals will be read.
@@ -69,43 +82,77 @@ pub(super) fn gemm<T: Scalar>(
     accum: Accum,
     symmetric: bool,
 ) {
-    assert!(a.len() == c.len() && b.len() == c.len(), "gemm: batch sizes differ");
-    let Some(first) = a.first() else { return };
-    let ((m, k), n) = (first.sizes(), b[0].sizes().1);
+    assert!(a.len() == c.len(), "gemm: batch sizes differ");
+    let Some(shape @ [m, k, n]) = sizes(a, b) else { return };
+    for c in c.iter() {
+        assert!((c.rows(), c.cols()) == (m, n), "gemm: {} · {} → {}", a[0], b[0], c.shape());
+    }
     if m * n == 0 {
         return;
     }
-    let few = !symmetric && few_rows(first, &b[0]).is_some();
-    let fits = |a: &Mat<Cpu<T>>, b: &Mat<Cpu<T>>, c: &Tensor<Cpu<T>>| {
-        assert!(
-            a.sizes() == (m, k) && b.sizes() == (k, n) && (c.rows(), c.cols()) == (m, n),
-            "gemm: {a} · {b} → {}: every product of a batch has one shape",
-            c.shape()
-        );
-    };
-    let threads = rayon::current_num_threads();
-    if few {
+    if !symmetric && few_rows(&a[0], &b[0]).is_some() {
+        let threads = rayon::current_num_threads();
         let shared = threads > 1 && c.len() * k * m.max(n) >= WORTH_SHARING_READ;
         let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
-        let one = |a: &Mat<Cpu<T>>, b: &Mat<Cpu<T>>, c: &mut Tensor<Cpu<T>>| {
-            fits(a, b, c);
-            few_rows_product(a, b, c, accum, pieces);
-        };
         if shared && c.len() > 1 {
-            a.par_iter().zip(b).zip(c).for_each(|((a, b), c)| one(a, b, c));
+            let all = a.par_iter().zip(b).zip(c);
+            all.for_each(|((a, b), c)| few_rows_product(a, b, c, accum, pieces));
         } else {
-            a.iter().zip(b).zip(c).for_each(|((a, b), c)| one(a, b, c));
+            let all = a.iter().zip(b).zip(c);
+            all.for_each(|((a, b), c)| few_rows_product(a, b, c, accum, pieces));
         }
         return;
     }
+    let c =
+        c.iter_mut().map(|c| Raw { first: c.buffer_mut()[..m * n].as_mut_ptr(), row: n as isize, col: 1 });
+    // SAFETY: each C has the size just checked, and a buffer of its own
+    unsafe { tiles(shape, a, b, c.collect(), accum, symmetric) };
+}
+
+/// `C[:, first[i]..] ← A·B`, in columns of each product's own.
+pub(super) fn gemm_beside<T: Scalar>(
+    a: &[Mat<Cpu<T>>],
+    b: &[Mat<Cpu<T>>],
+    c: &mut Tensor<Cpu<T>>,
+    first: &[usize],
+) {
+    assert!(a.len() == first.len(), "gemm: batch sizes differ");
+    let Some(shape @ [m, _, n]) = sizes(a, b) else { return };
+    apart(first, n, c);
+    assert!(c.rows() == m, "gemm: {} · {} → columns of {}", a[0], b[0], c.shape());
+    if m * n == 0 {
+        return;
+    }
+    let (row, len) = (c.cols() as isize, c.len());
+    let start = c.buffer_mut()[..len].as_mut_ptr();
+    let c = first.iter().map(|&first| Raw { first: start.wrapping_add(first), row, col: 1 }).collect();
+    // SAFETY: C has the rows, and the columns of each product end before those of the next
+    unsafe { tiles(shape, a, b, c, Accum::Replace, false) };
+}
+
+/// The batch as tiles of sgemm.rs, shared among the threads.
+///
+/// # Safety
+/// The operands have the `sizes` [m, k, n], none of them 0 but k, and each C m rows and n columns, which are no other's.
+unsafe fn tiles<T: Scalar>(
+    [m, k, n]: [usize; 3],
+    a: &[Mat<Cpu<T>>],
+    b: &[Mat<Cpu<T>>],
+    c: Vec<Raw<*mut T>>,
+    accum: Accum,
+    symmetric: bool,
+) {
+    let threads = rayon::current_num_threads();
     let shared = threads > 1 && c.len() * m * k * n >= WORTH_SHARING;
-    let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
+    // all threads end together, if that does not take more than two tasks for each
+    let len = c.len();
+    let even = (1..=threads).find(|pieces| (pieces * len).is_multiple_of(threads));
+    let even = even.filter(|pieces| pieces * len <= 2 * threads.max(len));
+    let pieces = if shared { even.unwrap_or(threads.div_ceil(len)) } else { 1 };
 
     let mut tasks = Vec::with_capacity(c.len() * pieces);
     for ((a, b), c) in a.iter().zip(b).zip(c) {
-        fits(a, b, c);
         let (a, b) = (raw(a), raw(b));
-        let c = Raw { first: c.buffer_mut()[..m * n].as_mut_ptr(), row: n as isize, col: 1 };
         // the longer side of C is cut, in multiples of the microkernel's 16
         let by_rows = m >= n;
         let long = if by_rows { m } else { n };
@@ -145,12 +192,17 @@ struct FewRows<'a, T: Scalar> {
 fn few_rows<'a, T: Scalar>(a: &Mat<'a, Cpu<T>>, b: &Mat<'a, Cpu<T>>) -> Option<FewRows<'a, T>> {
     const SHORT: usize = 8;
     let ((m, k), n) = (a.sizes(), b.sizes().1);
-    let values = |mat: &Mat<'a, Cpu<T>>| &mat.tensor.buffer()[..mat.tensor.len()];
+    let values =
+        |mat: &Mat<'a, Cpu<T>>| &mat.tensor.buffer()[mat.columns[0].min(mat.tensor.len())..mat.tensor.len()];
     let matrix = |mat: &Mat<'a, Cpu<T>>, transposed: bool| gemv::Matrix {
         values: values(mat),
         stride: mat.tensor.cols(),
         transposed,
     };
+    let narrow = |mat: &Mat<Cpu<T>>| mat.columns[1] != mat.tensor.cols() && mat.tensor.rows() > 1;
+    if n == 1 && !b.transposed && narrow(b) {
+        return None; // its elements are apart
+    }
     if n == 1 && m > 1 {
         let matrix = matrix(a, !a.transposed);
         let worth = matrix.transposed || m >= SHORT;
@@ -162,8 +214,9 @@ fn few_rows<'a, T: Scalar>(a: &Mat<'a, Cpu<T>>, b: &Mat<'a, Cpu<T>>) -> Option<F
         return None;
     }
     let mut x = Cow::Borrowed(values(a)); // [m, k]
-    if a.transposed && m > 1 {
-        x = (0..m * k).map(|i| x[i % k * m + i / k]).collect();
+    if (a.transposed && m > 1) || narrow(a) {
+        let Raw { row, col, .. } = raw(a);
+        x = (0..m * k).map(|i| x[i / k * row as usize + i % k * col as usize]).collect();
     }
     Some(FewRows { sizes: [m, k, n], x, matrix })
 }
@@ -256,6 +309,13 @@ mod tests {
         agree::<f64>();
     }
 
+    /// x between three columns and two that are NaN.
+    fn among_others<T: Scalar>(x: &Tensor<Cpu<T>>) -> Tensor<Cpu<T>> {
+        let mut wide = Tensor::full(x.device(), [x.rows(), x.cols() + 5], f64::NAN); // [rows, cols + 5]
+        wide.copy_cols(3, x, 0..x.cols());
+        wide
+    }
+
     fn agree<T: Scalar>() {
         let cpu = Cpu::<T>::default();
         let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 7) % 2048) as f64 / 1024.0 - 1.0;
@@ -272,11 +332,17 @@ mod tests {
                 };
                 let (a, b) = (draw([m, k], ta, 0), draw([k, n], tb, 12_345)); // [m, k], [k, n] or transposed
                 let start = draw([m, n], false, 54_321); // [m, n]
-                let (am, bm) = (Mat { tensor: &a, transposed: ta }, Mat { tensor: &b, transposed: tb });
+                let (am, bm) = (Mat::from(&a).t_if(ta), Mat::from(&b).t_if(tb));
                 let accum = if add { Accum::Add } else { Accum::Replace };
                 let mut c = start.clone(); // [m, n]
                 Cpu::gemm(&[am], &[bm], &mut [&mut c], accum);
-                let (a, b, start, c) = (a.to_f64(), b.to_f64(), start.to_f64(), c.to_f64());
+                let (wide_a, wide_b) = (among_others(&a), among_others(&b)); // 5 columns more each
+                let part = |x, wide, t| Mat::columns(wide, 3..3 + Tensor::cols(x)).t_if(t);
+                let (am, bm) = (part(&a, &wide_a, ta), part(&b, &wide_b, tb));
+                let mut parts = start.clone(); // [m, n]
+                Cpu::gemm(&[am], &[bm], &mut [&mut parts], accum);
+                let (a, b, start) = (a.to_f64(), b.to_f64(), start.to_f64());
+                let (c, parts) = (c.to_f64(), parts.to_f64());
                 let at = |t: bool, [rows, cols]: [usize; 2], i: usize, j: usize| {
                     if t { j * rows + i } else { i * cols + j }
                 };
@@ -288,11 +354,12 @@ mod tests {
                         let size = 1.0 + (0..k).map(|p| term(p).abs()).sum::<f64>();
                         // two roundings a term, each at most half an ulp of the sum of magnitudes
                         let tolerance = (2 * k + 2) as f64 * T::epsilon().f64() * size;
-                        let got = c[i * n + j];
-                        assert!(
-                            (got - want).abs() <= tolerance,
-                            "{m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
-                        );
+                        for got in [c[i * n + j], parts[i * n + j]] {
+                            assert!(
+                                (got - want).abs() <= tolerance,
+                                "{m}×{k}×{n} {ta} {tb} {accum:?}: [{i}, {j}] is {got}, not {want}"
+                            );
+                        }
                     }
                 }
                 if !ta && m > 1 && m <= gemv::ROWS && n >= 8 {

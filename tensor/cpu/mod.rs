@@ -14,7 +14,9 @@ mod sgemm;
 pub use buffer::{Buffer, Pool};
 pub use sgemm::{Product, dgemm, sgemm};
 
-use super::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Mat, Scalar, Shape, Tensor, Unary};
+use super::{
+    Accum, AdamWStep, Attention, Axpby, Backend, Binary, Columns, Mat, Scalar, Shape, Tensor, Unary, apart,
+};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
@@ -147,6 +149,9 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn gemm(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>], accum: Accum) {
         gemm::gemm(a, b, c, accum, false);
     }
+    fn gemm_beside(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut Tensor<Self>, first: &[usize]) {
+        gemm::gemm_beside(a, b, c, first);
+    }
     fn gemm_symmetric(a: &[Mat<Self>], b: &[Mat<Self>], c: &mut [&mut Tensor<Self>]) {
         gemm::gemm_symmetric(a, b, c);
     }
@@ -251,11 +256,14 @@ impl<T: Scalar> Backend for Cpu<T> {
         Tensor::from_vec(x.device(), [d], sum) // [d]
     }
 
-    fn copy_cols(x: &Tensor<Self>, x_start: usize, y: &mut Tensor<Self>, y_start: usize, width: usize) {
-        let (dx, dy) = (x.cols(), y.cols());
-        let rows = y.buffer_mut().chunks_exact_mut(dy).zip(x.buffer().chunks_exact(dx));
-        for (y, x) in rows {
-            y[y_start..][..width].copy_from_slice(&x[x_start..][..width]);
+    fn copy_cols(xs: &[&Tensor<Self>], ys: &mut [&mut Tensor<Self>], copies: &[Columns]) {
+        for &Columns { from: (x, x_start), to: (y, y_start), width } in copies {
+            let (x, y) = (xs[x], &mut ys[y]);
+            let (dx, dy) = (x.cols(), y.cols());
+            let rows = y.buffer_mut().chunks_exact_mut(dy.max(1)).zip(x.buffer().chunks_exact(dx.max(1)));
+            for (y, x) in rows.take(x.rows()) {
+                y[y_start..][..width].copy_from_slice(&x[x_start..][..width]);
+            }
         }
     }
 

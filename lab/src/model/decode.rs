@@ -49,7 +49,7 @@ impl<B: Backend> Cache<B> {
         self.capacity = needed.max(2 * self.capacity).min(context);
         for x in self.blocks.iter_mut().flatten() {
             let mut longer = Tensor::scratch(x.device(), [1, self.capacity * self.width]); // [1, capacity·width]
-            B::copy_cols(x, 0, &mut longer, 0, self.len * self.width);
+            longer.copy_cols(0, x, 0..self.len * self.width);
             *x = longer;
         }
     }
@@ -60,7 +60,7 @@ impl<B: Backend> Cache<B> {
         let all = [self.len + new[0].rows(), width];
         for (old, new) in self.blocks[i].iter_mut().zip(new) {
             let run = new.len();
-            B::copy_cols(&new.reshape([1, run]), 0, old, start, run);
+            old.copy_cols(start, &new.reshape([1, run]), 0..run);
         }
         self.blocks[i].each_ref().map(|x| x.prefix(all)) // [len + n, width]
     }
