@@ -4,6 +4,7 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
+use crate::lowrank::Radius;
 use crate::tensor::{
     Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Columns, Element, Mat, Shape, Tensor, Unary,
     apart, columns_of,
@@ -57,16 +58,6 @@ impl<T: OnGpu> Cuda<T> {
         memory
     }
 
-    fn fetch<V: Plain>(&self, memory: &Memory) -> Vec<V> {
-        let mut values = vec![V::default(); memory.bytes / size_of::<V>()];
-        // SAFETY: any bytes are a V, and the vector is as long as the memory
-        unsafe {
-            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), memory.bytes);
-            self.executor.download(memory.address, bytes);
-        }
-        values
-    }
-
     /// # Safety
     /// The arguments must be those of the kernel, in number, type and meaning.
     unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, args: &[Arg]) {
@@ -89,11 +80,12 @@ impl<T: OnGpu> Cuda<T> {
     /// A kernel that looks at the elements of each (alpha, x, beta, y) of a batch, each by itself; alpha and beta may have no meaning.
     ///
     /// # Safety
-    /// The kernel's Terms must have y of type `Y`, and x of type `X`.
+    /// The kernel's Terms must have y of type `Y`, and x of type `X`; `more` must be its other arguments.
     unsafe fn each_term<'a, X: OnGpu, Y: OnGpu>(
         &self,
         kernel: &'static str,
         terms: impl IntoIterator<Item = (f64, &'a Tensor<Cuda<X>>, f64, &'a mut Tensor<Cuda<Y>>)>,
+        more: &[Arg],
     ) {
         let row = |(alpha, x, beta, y): (f64, &Tensor<Cuda<X>>, f64, &mut Tensor<Cuda<Y>>)| {
             assert!(x.len() == y.len(), "{kernel}: {} and {}", x.shape(), y.shape());
@@ -101,7 +93,7 @@ impl<T: OnGpu> Cuda<T> {
             [address(y), checked::<X>(x.buffer(), x.len()).address(), alpha | beta << 32, x.len() as u64]
         };
         // SAFETY: the caller's promise, and each row has the fields of a Term
-        unsafe { self.each_row(kernel, terms.into_iter().map(row).collect(), |[.., n]| n as usize, &[]) };
+        unsafe { self.each_row(kernel, terms.into_iter().map(row).collect(), |[.., n]| n as usize, more) };
     }
 
     /// A kernel that looks at the elements of some tensors for each row of a table, each element by itself. `len`: how many.
@@ -205,12 +197,10 @@ impl<T: OnGpu> Cuda<T> {
         }
         Some(sums)
     }
-
-    /// The same on the host.
-    fn fetched_totals(kernel: &'static str, xs: &[&Tensor<Self>]) -> Vec<f64> {
-        Self::totals(kernel, xs).map_or(vec![], |sums| xs[0].device().fetch(&sums))
-    }
 }
+
+/// Σx² of some tensors, in f64 on the device; None: of no tensor.
+pub struct Squares(Option<Memory>);
 
 /// Numbers that may be copied as bytes.
 pub trait Plain: Copy + Default {}
@@ -248,14 +238,14 @@ impl OnGpu for Bf16 {
         let mut ys: Vec<_> = xs.iter().map(scratch).collect();
         let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
         // SAFETY: its terms are to f32 from bf16
-        unsafe { first.device().each_term("widen", terms) };
+        unsafe { first.device().each_term("widen", terms, &[]) };
         ys
     }
     fn narrow(device: &Cuda<Bf16>, xs: &[&Tensor<Cuda<f32>>]) -> Vec<Tensor<Cuda<Bf16>>> {
         let mut ys: Vec<_> = xs.iter().map(|x| Tensor::scratch(device, x.shape())).collect(); // like x
         let terms = xs.iter().zip(&mut ys).map(|(x, y)| (0.0, *x, 0.0, y));
         // SAFETY: its terms are to bf16 from f32
-        unsafe { device.each_term("narrow", terms) };
+        unsafe { device.each_term("narrow", terms, &[]) };
         ys
     }
 }
@@ -289,6 +279,17 @@ pub struct Memory {
 impl Memory {
     pub(super) fn address(&self) -> Address {
         self.address
+    }
+
+    /// What is in it, on the host.
+    fn fetch<V: Plain>(&self) -> Vec<V> {
+        let mut values = vec![V::default(); self.bytes / size_of::<V>()];
+        // SAFETY: any bytes are a V, and the vector is as long as the memory
+        unsafe {
+            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), self.bytes);
+            self.executor.download(self.address, bytes);
+        }
+        values
     }
 }
 
@@ -352,6 +353,7 @@ fn below(op: &str, indices: &[u32], size: usize) {
 impl<T: OnGpu> Backend for Cuda<T> {
     type Elem = T;
     type Buffer = Buffer;
+    type Norms = Squares;
     type Wide = Cuda<f32>;
     type Narrow = Cuda<Bf16>;
     const ASYNCHRONOUS: bool = true;
@@ -361,7 +363,7 @@ impl<T: OnGpu> Backend for Cuda<T> {
         Buffer(self.stage(&host))
     }
     fn download(&self, buffer: &Buffer) -> Vec<T> {
-        self.fetch(&buffer.0)
+        buffer.0.fetch()
     }
     fn scratch(&self, len: usize) -> Buffer {
         Buffer(self.alloc(len * size_of::<T>()))
@@ -428,14 +430,17 @@ impl<T: OnGpu> Backend for Cuda<T> {
         }
         let Some((_, first, ..)) = terms.first() else { return };
         // SAFETY: its terms are of one type
-        unsafe { first.device().clone().each_term("axpby_each", terms) };
+        unsafe { first.device().clone().each_term("axpby_each", terms, &[]) };
     }
 
     fn sum(x: &Tensor<Self>) -> f64 {
-        Self::fetched_totals("sum", &[x])[0]
+        Self::totals("sum", &[x]).expect("of one tensor").fetch()[0]
     }
-    fn norms(xs: &[&Tensor<Self>]) -> Vec<f64> {
-        Self::fetched_totals("sum_squares", xs).into_iter().map(f64::sqrt).collect()
+    fn norms(xs: &[&Tensor<Self>]) -> Squares {
+        Squares(Self::totals("sum_squares", xs))
+    }
+    fn read(Squares(sums): &Squares) -> Vec<f64> {
+        sums.as_ref().map_or(vec![], Memory::fetch).into_iter().map(f64::sqrt).collect()
     }
     fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>> {
         let Some(squares) = Self::totals("sum_squares", &xs.iter().map(|x| x.0).collect::<Vec<_>>()) else {
@@ -766,6 +771,18 @@ impl<T: OnGpu> Backend for Cuda<T> {
         // SAFETY: (losses, mean, n)
         unsafe { device.launch("mean_loss", [1, 1, 1], 1024, args![&losses, &mut loss, int(n)]) };
         (loss, dx)
+    }
+
+    fn renormalised_step(Squares(sigma): &Squares, radius: Radius, moves: Vec<Axpby<Self>>) {
+        let Some(squares) = sigma else { return };
+        assert!(
+            squares.bytes == moves.len() * size_of::<f64>() && moves.len().is_multiple_of(2),
+            "one σ for each factor"
+        );
+        let exact = u32::from(radius == Radius::Exact);
+        let Some((_, first, ..)) = moves.first() else { return };
+        // SAFETY: (terms, squares, exact), with σ² for each term
+        unsafe { first.device().clone().each_term("renormalised_step", moves, args![squares, exact]) };
     }
 
     fn adamw(

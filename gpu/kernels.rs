@@ -53,12 +53,13 @@ pub fn name(kernel: &str, element: Type) -> String {
 }
 
 /// The kernels, each of which is there for each type of elements.
-pub const NAMES: [&str; 42] = [
+pub const NAMES: [&str; 43] = [
     "fill",
     "widen",
     "narrow",
     "axpby",
     "axpby_each",
+    "renormalised_step",
     "unary",
     "unary_grad",
     "binary",

@@ -17,9 +17,9 @@ pub trait Rule<B: Backend, P>: Send {
     fn step(&mut self, params: &mut [P], grads: &[P], lr: &[f64], t: u64);
     /// Everything that must be saved.
     fn state(&mut self) -> State<'_, B>;
-    /// What the last step did to each parameter, where the rule bounds its steps. Others have nothing to report.
-    fn reports(&self) -> &[StepReport] {
-        &[]
+    /// What the last step did to each parameter, where the rule bounds its steps. Others have nothing to report. Waits for a device.
+    fn reports(&self) -> Vec<StepReport> {
+        Vec::new()
     }
 }
 
@@ -125,7 +125,7 @@ impl<B: Backend, P, R: Rule<B, P> + ?Sized> Rule<B, P> for Box<R> {
     fn state(&mut self) -> State<'_, B> {
         (**self).state()
     }
-    fn reports(&self) -> &[StepReport] {
+    fn reports(&self) -> Vec<StepReport> {
         (**self).reports()
     }
 }

@@ -50,7 +50,8 @@ impl<B: Backend> Values<B> {
 
     /// The norm of all elements together.
     pub fn norm(&self) -> f64 {
-        B::norms(&self.tensors().collect::<Vec<_>>()).iter().map(|norm| norm.powi(2)).sum::<f64>().sqrt()
+        let norms = B::read(&B::norms(&self.tensors().collect::<Vec<_>>()));
+        norms.iter().map(|norm| norm.powi(2)).sum::<f64>().sqrt()
     }
 
     /// Number of elements.

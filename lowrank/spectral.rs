@@ -13,12 +13,17 @@ use rayon::prelude::*;
 /// If a u does not have as many elements as its W has rows.
 #[track_caller]
 pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> Vec<f64> {
+    B::read(&estimates(ws, us, steps))
+}
+
+/// [`power_iteration`], with the estimates where they were computed.
+#[track_caller]
+pub(super) fn estimates<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> B::Norms {
     assert!(ws.len() == us.len(), "power_iteration: {} matrices, {} vectors", ws.len(), us.len());
     for (w, u) in ws.iter().zip(&*us) {
         product_shape("power_iteration", w.t(), u.into());
     }
-    let some = |(ws, us): (&[&Tensor<B>], &mut [Tensor<B>])| -> Vec<f64> {
-        let norms = |xs: &[Tensor<B>]| B::norms(&xs.iter().collect::<Vec<_>>());
+    let some = |(ws, us): (&[&Tensor<B>], &mut [Tensor<B>])| -> Vec<Tensor<B>> {
         let back = |us: &[Tensor<B>]| products(ws.iter().zip(us).map(|(w, u)| (w.t(), u.into()))); // [q, 1] each
         for _ in 0..steps {
             let vs = back(us); // [q, 1] each
@@ -27,12 +32,15 @@ pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], step
             let next = B::normalised(&next.iter().zip(&*us).collect::<Vec<_>>()); // [p, 1] each
             us.clone_from_slice(&next);
         }
-        let lengths = if steps > 0 { vec![1.0; us.len()] } else { norms(us) };
-        norms(&back(us)).iter().zip(lengths).map(|(v, u)| v / u).collect()
+        match steps {
+            0 => back(&B::normalised(&us.iter().zip(&*us).collect::<Vec<_>>())), // [q, 1] each
+            _ => back(us),                                                       // [q, 1] each
+        }
     };
     let bytes = ws.first().map_or(0, |w| w.len() * size_of::<B::Elem>());
     let each = items_per_task::<B>(bytes);
-    ws.par_chunks(each).zip(us.par_chunks_mut(each)).flat_map_iter(some).collect()
+    let vs: Vec<_> = ws.par_chunks(each).zip(us.par_chunks_mut(each)).flat_map_iter(some).collect(); // [q, 1] each
+    B::norms(&vs.iter().collect::<Vec<_>>())
 }
 
 /// An estimate of σ(W): `steps` of power iteration from [`start_vector`]. From below up to rounding, since it is uᵀWv for unit

@@ -7,7 +7,8 @@ use super::certified::Certified;
 use super::gauge::balance_all;
 use super::momentum::{each_shape, factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State, same_count};
-use super::{FactorPair, Orthogonaliser, Radius, StepReport, power_iteration, start_vector};
+use super::spectral::estimates;
+use super::{FactorPair, Orthogonaliser, Radius, StepReport, start_vector};
 use crate::tensor::{Backend, Tensor};
 
 /// The settings of [`Spectron`].
@@ -62,7 +63,15 @@ pub struct Spectron<B: Backend> {
     /// Left vectors of the power iteration: A's [m, 1] and B's [n, 1] of each pair, in turn.
     u: Vec<Tensor<B>>,
     certified: Option<Certified<B>>,
+    /// Of the last step: with `certify` what it did, otherwise what is known of it without waiting for a device.
     reports: Vec<StepReport>,
+    estimated: Option<Estimated<B>>,
+}
+
+/// σ of all factors, where it was computed, and η of each pair.
+struct Estimated<B: Backend> {
+    sigma: B::Norms,
+    eta: Vec<f64>,
 }
 
 impl<B: Backend> Spectron<B> {
@@ -88,6 +97,7 @@ impl<B: Backend> Spectron<B> {
             u: factors(pairs).iter().map(start).collect(),
             certified: certify.then(|| Certified::new(config, pairs)),
             reports: vec![StepReport::default(); pairs.len()],
+            estimated: None,
         }
     }
 
@@ -99,7 +109,8 @@ impl<B: Backend> Spectron<B> {
 
 impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
     fn step(&mut self, pairs: &mut [FactorPair<B>], grads: &[FactorPair<B>], eta: &[f64], t: u64) {
-        let SpectronConfig { beta, nesterov, orthogonaliser, power_steps, .. } = self.config;
+        let SpectronConfig { beta, nesterov, orthogonaliser, power_steps, radius, weight_decay, .. } =
+            self.config;
         same_count("spectron", pairs.len(), grads.len(), self.momentum.len());
         let balance = self.config.balance_every > 0 && t.is_multiple_of(self.config.balance_every);
         let (mut grads, mut moved) = (grads.to_vec(), vec![0.0; pairs.len()]);
@@ -108,31 +119,30 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             moved = balance_all(pairs, [&mut self.momentum, &mut grads], limit);
         }
         let directions = momentum(factors_mut(&mut self.momentum), factors(&grads), beta, nesterov);
-        // σ first: a device is waited for here alone, before its longest work
-        let sigma = match &mut self.certified {
-            Some(certified) => certified.upper_bounds(pairs, t, balance),
-            None => power_iteration(&factors(pairs), &mut self.u, power_steps),
-        };
+        // with `certify` a device is waited for here, before its longest work; otherwise not at all
+        let bounds = self.certified.as_mut().map(|certified| certified.upper_bounds(pairs, t, balance));
+        let sigma = bounds.is_none().then(|| estimates(&factors(pairs), &mut self.u, power_steps));
         let orthogonal =
             each_shape(&directions.iter().collect::<Vec<_>>(), |batch| orthogonaliser.apply(batch));
+        let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate();
+        if let Some(sigma) = sigma {
+            // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
+            let shrink = |eta| left_by_decay(eta, weight_decay).sqrt();
+            let moves = moves.map(|(k, (x, o))| (eta[k / 2], o, shrink(eta[k / 2]), x));
+            B::renormalised_step(&sigma, radius, moves.collect());
+            self.estimated = Some(Estimated { sigma, eta: eta.to_vec() });
+            return;
+        }
+        let (Some(certified), Some(sigma)) = (&mut self.certified, bounds) else { return };
         for (i, report) in self.reports.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
-            let (rho, shrink) = match &self.certified {
-                Some(certified) => certified.plan(eta[i], moved[i], sigma_a, sigma_b),
-                None => {
-                    let rho = self.config.radius.of(eta[i], sigma_a, sigma_b);
-                    (rho, left_by_decay(eta[i], self.config.weight_decay))
-                }
-            };
+            let (rho, shrink) = certified.plan(eta[i], moved[i], sigma_a, sigma_b);
             *report = StepReport { sigma_a, sigma_b, rho, shrink };
         }
-        let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate().filter_map(|(k, (x, o))| {
+        let moves = moves.filter_map(|(k, (x, o))| {
             let StepReport { rho, shrink, .. } = self.reports[k / 2];
-            // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
-            let shrink = shrink.sqrt();
-            let certified = self.certified.as_mut();
-            let reach = certified.map_or(Some(rho), |certified| certified.reach(k, x, rho, shrink))?;
-            Some((-reach, o, shrink, x))
+            let reach = certified.reach(k, x, rho, shrink.sqrt())?;
+            Some((-reach, o, shrink.sqrt(), x))
         });
         B::axpby(moves.collect());
     }
@@ -144,7 +154,13 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
         state
     }
 
-    fn reports(&self) -> &[StepReport] {
-        &self.reports
+    fn reports(&self) -> Vec<StepReport> {
+        let Some(Estimated { sigma, eta }) = &self.estimated else { return self.reports.clone() };
+        let report = |(sigma, &eta): (&[f64], &f64)| {
+            let (sigma_a, sigma_b) = (sigma[0], sigma[1]);
+            let rho = self.config.radius.of(eta, sigma_a, sigma_b);
+            StepReport { sigma_a, sigma_b, rho, shrink: left_by_decay(eta, self.config.weight_decay) }
+        };
+        B::read(sigma).chunks(2).zip(eta).map(report).collect()
     }
 }

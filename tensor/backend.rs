@@ -5,6 +5,7 @@
 //! Letters: n rows, d columns of a tensor read as rows of its last axis; dy gradient of y.
 
 use super::{Element, Scalar, Shape, Tensor};
+use crate::lowrank::Radius;
 use std::ops::Range;
 
 /// A device and an element type, e.g. [`Cpu<f32>`](super::Cpu).
@@ -13,6 +14,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     type Elem: Element;
     /// A contiguous run of elements on the device.
     type Buffer: Clone + Send + Sync;
+    /// Norms of some tensors, where they were computed.
+    type Norms: Send;
     /// The same device computing in at least f32: for what must not be rounded to fewer bits, which are statistics of rows,
     /// losses, and weights in training. Itself, if it does.
     type Wide: Backend<Wide = Self::Wide>;
@@ -55,8 +58,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn axpby(terms: Vec<Axpby<Self>>);
     /// Σ x.
     fn sum(x: &Tensor<Self>) -> f64;
-    /// √Σx² of each tensor, scaled so that it neither overflows nor underflows. A device is waited for once, however many there are.
-    fn norms(xs: &[&Tensor<Self>]) -> Vec<f64>;
+    /// √Σx² of each tensor, scaled so that it neither overflows nor underflows. No device is waited for.
+    fn norms(xs: &[&Tensor<Self>]) -> Self::Norms;
+    /// The norms on the host; waits for a device.
+    fn read(norms: &Self::Norms) -> Vec<f64>;
     /// x/‖x‖ of each (x, other), and `other`, a tensor of its shape, where x is zero; neither overflows nor underflows on the way, and
     /// no device is waited for.
     fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>>;
@@ -148,6 +153,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
         share: f64,
     ) -> (Tensor<Self::Wide>, Tensor<Self>);
 
+    /// `x ← beta·x − ρ·o` for each (η, o, beta, x), where ρ is the radius of η and the norms σ_A and σ_B of a pair, of whose factors there are A
+    /// and B in turn. No device is waited for.
+    fn renormalised_step(sigma: &Self::Norms, radius: Radius, moves: Vec<Axpby<Self>>);
     /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.
     fn adamw(
         w: &mut Tensor<Self>,

@@ -240,7 +240,7 @@ impl<B: Backend> Tensor<B> {
 
     /// The Frobenius norm √Σx², without overflow or underflow on the way; NaN if an element is NaN.
     pub fn norm(&self) -> f64 {
-        B::norms(&[self])[0]
+        B::read(&B::norms(&[self]))[0]
     }
 
     /// Whether every element is finite.

@@ -14,7 +14,8 @@ use rankgrad::gpu::{Cuda, OnGpu, Simulator, kernels};
 #[cfg(feature = "cuda")]
 use rankgrad::gpu::{KernelTime, Nccl};
 use rankgrad::lowrank::{
-    FactorPair, NewtonSchulz, Optimizer, Params, Space, Spectron, SpectronConfig, newton_schulz,
+    FactorPair, NewtonSchulz, Optimizer, Params, Radius, Rule, Space, Spectron, SpectronConfig, StepReport,
+    newton_schulz, spectral_norm_estimate,
 };
 #[cfg(feature = "cuda")]
 use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
@@ -331,7 +332,7 @@ impl Executor for Waits {
 }
 
 #[test]
-fn an_update_waits_for_the_device_once() {
+fn an_update_does_not_wait_for_the_device() {
     let Some(executor) = skip_without_compiler(Simulator::new()) else { return };
     let executor = Arc::new(Waits { executor, count: AtomicUsize::new(0) });
     let device = Cuda::on(executor.clone());
@@ -343,7 +344,7 @@ fn an_update_waits_for_the_device_once() {
     params.dense("table", draw(&device, 9, &[7, 5])); // [7, 5]
     let grads = params.values.clone();
     // certified: for the one of eight factors whose turn it is, all of them in the first step
-    for certify in [false, true] {
+    for (certify, expected) in [(false, 0), (true, 1)] {
         let config = SpectronConfig { certify, ..SpectronConfig::default() };
         let mut optimizer = Optimizer::new(Spectron::with(config, &params.values.pairs), &params);
         let mut waits = || {
@@ -352,7 +353,15 @@ fn an_update_waits_for_the_device_once() {
             executor.count.load(Ordering::Relaxed) - before
         };
         waits();
-        assert_eq!([waits(), waits()], [1, 1], "certify: {certify}");
+        assert_eq!([waits(), waits()], [expected; 2], "certify: {certify}");
+        let before = executor.count.load(Ordering::Relaxed);
+        let reports = optimizer.pairs.reports(); // for whoever wants to see them
+        assert_eq!(executor.count.load(Ordering::Relaxed) - before, 1 - expected);
+        for (StepReport { sigma_a, sigma_b, rho, .. }, pair) in reports.iter().zip(&params.values.pairs) {
+            // the factors have moved by ρ since
+            let near = |sigma: f64, x: &Tensor<_>| sigma > 0.5 * (spectral_norm_estimate(x, 30) - 2.0 * rho);
+            assert!(near(*sigma_a, &pair.a) && near(*sigma_b, &pair.b), "{sigma_a} {sigma_b}");
+        }
     }
 }
 
@@ -540,6 +549,14 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     wide.extend(B::widen(&[&x, &g, &x]));
     let back = device.narrow(&wide[wide.len() - 3..].iter().collect::<Vec<_>>()); // [n, d], [d], [n, d]
     out.extend(back);
+    for radius in [Radius::Paper, Radius::Exact] {
+        let (sigma, mut pairs) =
+            (B::norms(&[&g, &b, &x, &y]), [x.clone(), y.clone(), odd.clone(), more.clone()]); // like each
+        let moves = pairs.iter_mut().zip([&y, &dy, &more, &odd]).enumerate();
+        let moves = moves.map(|(k, (x, o))| (20.0 * (1 + k / 2) as f64, o, 0.75, x));
+        B::renormalised_step(&sigma, radius, moves.collect());
+        out.extend(pairs);
+    }
     let [tiny, huge, zero] = [1e-32, 1e32, 0.0].map(|scale| odd.scale(scale)); // [9, 37] each
     out.extend(B::normalised(&[(&odd, &odd), (&x, &y), (&tiny, &odd), (&zero, &more), (&huge, &odd)]));
     for first in [8, 3] {
@@ -560,7 +577,7 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
         B::gemm_wide(&[part(&x, 4).t()], &[part(&y, 0)], &mut [&mut sum_wide], Accum::Add);
         out.extend([z, small, sum]);
         wide.push(sum_wide);
-        let mut w = [y.clone(), x.clone()]; // [70, 304] × 2
+        let mut w = [y.clone(), draw(device, 18, &[n, 330])]; // [70, 304], [70, 330]
         let block = |from, to, width| Columns { from, to, width };
         let copies =
             [block((0, first), (1, 2), 100), block((1, 7), (0, first), 31), block((0, 200), (0, 240), 64)];
@@ -836,6 +853,8 @@ fn planted_bugs_are_found() {
         ),
         (In::Bf16, "rows that begin at no multiple of 16 bytes", "C * 32 + 8;", "C * 32 + 2;"),
         (In::Bf16, "lanes that share no row", "h <= 32 ? 4", "h <= 32 ? 2"),
+        (In::Both, "the radius of another pair", "blockIdx.x / 2 * 2", "blockIdx.x / 4 * 4"),
+        (In::Both, "columns in another order", "y[row * dy + c]", "y[row * dy + width - 1 - c]"),
         (In::Both, "a zero that is divided by its norm", "if (norm == 0.0)", "if (norm < 0.0)"),
     ];
     bugs.par_iter().for_each(|&(types, what, from, to)| {

@@ -43,6 +43,17 @@ KERNEL(axpby_each)(const Term<T, T>* terms) {
     add_scaled(thread_of_term(), t.alpha, t.x, t.beta, t.y, t.n);
 }
 
+// ---- Spectron's step: x ← beta·x − ρ·o for A and B of each pair in turn, alpha is η and `squares` has σ² of each of them. ρ is η/(σ_A + σ_B + 1),
+//      or the largest for which ρ(σ_A + σ_B) + ρ² ≤ η (lowrank/radius.rs)
+KERNEL(renormalised_step)(const Term<T, T>* terms, const double* squares, u32 exact) {
+    const Term<T, T> t = terms[blockIdx.x];
+    const u32 pair = blockIdx.x / 2 * 2;
+    const double eta = t.alpha, s = sqrt(squares[pair]) + sqrt(squares[pair + 1]);
+    const double under = exact ? s + sqrt(s * s + 4.0 * eta) : s + 1.0;
+    const double rho = under == 0.0 ? 0.0 : (exact ? 2.0 * eta : eta) / under;
+    add_scaled(thread_of_term(), (float)-rho, t.x, t.beta, t.y, t.n);
+}
+
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // `f` counts as the Rust enum Unary does: exp, log, tanh, relu, silu.

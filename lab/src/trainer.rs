@@ -327,7 +327,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Another worker that has failed.
     pub fn reports(&self) -> Result<Vec<StepReport>> {
-        let own = self.optimizer.pairs.reports().iter();
+        let own = self.optimizer.pairs.reports().into_iter();
         let own = own.flat_map(|r| [r.sigma_a, r.sigma_b, r.rho, r.shrink]).flat_map(f64::to_le_bytes);
         let all = self.link().exchange(own.collect(), &mut |parts| parts.concat())?; // a worker's pairs are in one run
         let numbers: Vec<f64> = all.as_chunks().0.iter().copied().map(f64::from_le_bytes).collect();

@@ -17,6 +17,7 @@ pub use sgemm::{Product, dgemm, sgemm};
 use super::{
     Accum, AdamWStep, Attention, Axpby, Backend, Binary, Columns, Mat, Scalar, Shape, Tensor, Unary, apart,
 };
+use crate::lowrank::Radius;
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
@@ -113,6 +114,7 @@ fn norm<T: Scalar>(x: &[T]) -> f64 {
 impl<T: Scalar> Backend for Cpu<T> {
     type Elem = T;
     type Buffer = Buffer<T>;
+    type Norms = Vec<f64>;
     type Wide = Self;
     type Narrow = Self;
     const ASYNCHRONOUS: bool = false;
@@ -186,6 +188,9 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn norms(xs: &[&Tensor<Self>]) -> Vec<f64> {
         xs.iter().map(|x| norm(&x.buffer()[..x.len()])).collect()
+    }
+    fn read(norms: &Vec<f64>) -> Vec<f64> {
+        norms.clone()
     }
 
     fn normalised(xs: &[(&Tensor<Self>, &Tensor<Self>)]) -> Vec<Tensor<Self>> {
@@ -355,6 +360,14 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn cross_entropy(logits: &Tensor<Self>, targets: &[u32], share: f64) -> (Tensor<Self>, Tensor<Self>) {
         let (loss, dx) = rows::cross_entropy(logits, targets); // [1], [n, v]
         (loss, if share == 1.0 { dx } else { dx.scale(share) })
+    }
+
+    fn renormalised_step(sigma: &Vec<f64>, radius: Radius, moves: Vec<Axpby<Self>>) {
+        let one = |(k, (eta, o, beta, x))| {
+            let [sigma_a, sigma_b] = [0, 1].map(|factor| sigma[k / 2 * 2 + factor]);
+            (-radius.of(eta, sigma_a, sigma_b), o, beta, x)
+        };
+        Self::axpby(moves.into_iter().enumerate().map(one).collect());
     }
 
     fn adamw(
