@@ -51,9 +51,9 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Renormalised<B> {
         let directions = momentum(factors_mut(&mut self.momentum), factors(grads), self.beta, self.nesterov);
         // ‖M‖_F = 1 first, so that a tiny M does not underflow in the iteration
         let directions = B::normalised(&directions.iter().zip(&directions).collect::<Vec<_>>()); // [rows, r] each
-        let norms =
-            power_iteration(&directions.iter().collect::<Vec<_>>(), &mut self.u_momentum, self.power_steps);
-        let sigma = power_iteration(&factors(pairs), &mut self.u, self.power_steps);
+        let all: Vec<_> = directions.iter().collect();
+        let norms = B::read(&power_iteration(&all, &mut self.u_momentum, self.power_steps));
+        let sigma = B::read(&power_iteration(&factors(pairs), &mut self.u, self.power_steps));
         let moves = factors_mut(pairs).into_iter().enumerate().map(|(i, x)| {
             let pair = i / 2;
             let rho = update_radius(eta[pair], sigma[2 * pair], sigma[2 * pair + 1]);

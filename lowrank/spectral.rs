@@ -7,18 +7,13 @@ use rayon::prelude::*;
 
 /// Power iteration on a batch, Algorithm 3 of the Spectron paper (arXiv 2602.12429): v ← Wᵀu/‖Wᵀu‖, then `steps` times
 /// u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖; σ ≈ uᵀWv, which is ‖Wᵀu‖ as v stands. The vectors `u` are kept between calls: a matrix
-/// that moves little needs one step per call. For W·v = 0 u stays, and for Wᵀu = 0 the estimate is 0.
+/// that moves little needs one step per call. For W·v = 0 u stays, and for Wᵀu = 0 the estimate is 0. The estimates stay where they
+/// were computed until [`Backend::read`]; on a processor they are a vector.
 ///
 /// # Panics
 /// If a u does not have as many elements as its W has rows.
 #[track_caller]
-pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> Vec<f64> {
-    B::read(&estimates(ws, us, steps))
-}
-
-/// [`power_iteration`], with the estimates where they were computed.
-#[track_caller]
-pub(super) fn estimates<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> B::Norms {
+pub fn power_iteration<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], steps: usize) -> B::Norms {
     assert!(ws.len() == us.len(), "power_iteration: {} matrices, {} vectors", ws.len(), us.len());
     for (w, u) in ws.iter().zip(&*us) {
         product_shape("power_iteration", w.t(), u.into());
@@ -32,10 +27,7 @@ pub(super) fn estimates<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], ste
             let next = B::normalised(&next.iter().zip(&*us).collect::<Vec<_>>()); // [p, 1] each
             us.clone_from_slice(&next);
         }
-        match steps {
-            0 => back(&B::normalised(&us.iter().zip(&*us).collect::<Vec<_>>())), // [q, 1] each
-            _ => back(us),                                                       // [q, 1] each
-        }
+        if steps > 0 { back(us) } else { back(&B::normalised(&us.iter().zip(&*us).collect::<Vec<_>>())) } // [q, 1] each
     };
     let bytes = ws.first().map_or(0, |w| w.len() * size_of::<B::Elem>());
     let each = items_per_task::<B>(bytes);
@@ -51,7 +43,7 @@ pub(super) fn estimates<B: Backend>(ws: &[&Tensor<B>], us: &mut [Tensor<B>], ste
 #[track_caller]
 pub fn spectral_norm_estimate<B: Backend>(w: &Tensor<B>, steps: usize) -> f64 {
     let (p, _) = w.shape().matrix("spectral_norm_estimate");
-    power_iteration(&[w], &mut [start_vector(w.device(), p)], steps)[0]
+    B::read(&power_iteration(&[w], &mut [start_vector(w.device(), p)], steps))[0]
 }
 
 /// A fixed vector [p, 1] to start power iteration from: white noise in (−1, 1), the same on every machine. It is not

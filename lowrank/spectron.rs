@@ -7,8 +7,7 @@ use super::certified::Certified;
 use super::gauge::balance_all;
 use super::momentum::{each_shape, factors, factors_mut, left_by_decay, momentum, named};
 use super::optimizer::{Rule, State, same_count};
-use super::spectral::estimates;
-use super::{FactorPair, Orthogonaliser, Radius, StepReport, start_vector};
+use super::{FactorPair, Orthogonaliser, Radius, StepReport, power_iteration, start_vector};
 use crate::tensor::{Backend, Tensor};
 
 /// The settings of [`Spectron`].
@@ -63,15 +62,9 @@ pub struct Spectron<B: Backend> {
     /// Left vectors of the power iteration: A's [m, 1] and B's [n, 1] of each pair, in turn.
     u: Vec<Tensor<B>>,
     certified: Option<Certified<B>>,
-    /// Of the last step: with `certify` what it did, otherwise what is known of it without waiting for a device.
+    /// Of the last step, with `certify`; without it, σ of all factors, where it was computed, and η of each pair.
     reports: Vec<StepReport>,
-    estimated: Option<Estimated<B>>,
-}
-
-/// σ of all factors, where it was computed, and η of each pair.
-struct Estimated<B: Backend> {
-    sigma: B::Norms,
-    eta: Vec<f64>,
+    estimated: Option<(B::Norms, Vec<f64>)>,
 }
 
 impl<B: Backend> Spectron<B> {
@@ -119,27 +112,28 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             moved = balance_all(pairs, [&mut self.momentum, &mut grads], limit);
         }
         let directions = momentum(factors_mut(&mut self.momentum), factors(&grads), beta, nesterov);
-        // with `certify` a device is waited for here, before its longest work; otherwise not at all
-        let bounds = self.certified.as_mut().map(|certified| certified.upper_bounds(pairs, t, balance));
-        let sigma = bounds.is_none().then(|| estimates(&factors(pairs), &mut self.u, power_steps));
-        let orthogonal =
-            each_shape(&directions.iter().collect::<Vec<_>>(), |batch| orthogonaliser.apply(batch));
-        let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate();
-        if let Some(sigma) = sigma {
+        let orthogonalise =
+            || each_shape(&directions.iter().collect::<Vec<_>>(), |batch| orthogonaliser.apply(batch));
+        let Some(certified) = &mut self.certified else {
+            // the paper's step; no device is waited for
+            let sigma = power_iteration(&factors(pairs), &mut self.u, power_steps);
+            let orthogonal = orthogonalise();
             // √ on each factor: W itself shrinks by 1 − ηλ, as a dense matrix would
             let shrink = |eta| left_by_decay(eta, weight_decay).sqrt();
+            let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate();
             let moves = moves.map(|(k, (x, o))| (eta[k / 2], o, shrink(eta[k / 2]), x));
             B::renormalised_step(&sigma, radius, moves.collect());
-            self.estimated = Some(Estimated { sigma, eta: eta.to_vec() });
+            self.estimated = Some((sigma, eta.to_vec()));
             return;
-        }
-        let (Some(certified), Some(sigma)) = (&mut self.certified, bounds) else { return };
+        };
+        let sigma = certified.upper_bounds(pairs, t, balance); // a device is waited for here, before its longest work
+        let orthogonal = orthogonalise();
         for (i, report) in self.reports.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
             let (rho, shrink) = certified.plan(eta[i], moved[i], sigma_a, sigma_b);
             *report = StepReport { sigma_a, sigma_b, rho, shrink };
         }
-        let moves = moves.filter_map(|(k, (x, o))| {
+        let moves = factors_mut(pairs).into_iter().zip(&orthogonal).enumerate().filter_map(|(k, (x, o))| {
             let StepReport { rho, shrink, .. } = self.reports[k / 2];
             let reach = certified.reach(k, x, rho, shrink.sqrt())?;
             Some((-reach, o, shrink.sqrt(), x))
@@ -155,12 +149,11 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
     }
 
     fn reports(&self) -> Vec<StepReport> {
-        let Some(Estimated { sigma, eta }) = &self.estimated else { return self.reports.clone() };
-        let report = |(sigma, &eta): (&[f64], &f64)| {
-            let (sigma_a, sigma_b) = (sigma[0], sigma[1]);
+        let Some((sigma, eta)) = &self.estimated else { return self.reports.clone() };
+        let report = |(&[sigma_a, sigma_b], &eta): (&[f64; 2], &f64)| {
             let rho = self.config.radius.of(eta, sigma_a, sigma_b);
             StepReport { sigma_a, sigma_b, rho, shrink: left_by_decay(eta, self.config.weight_decay) }
         };
-        B::read(sigma).chunks(2).zip(eta).map(report).collect()
+        B::read(sigma).as_chunks().0.iter().zip(eta).map(report).collect()
     }
 }
