@@ -79,9 +79,8 @@ pub struct Step {
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
     pub forward: Duration,
+    /// Until the loss was there. What comes then, sum over the workers, clipping and update, a device may still be at.
     pub backward: Duration,
-    /// Sum over the workers, clipping, update, and handing it out.
-    pub optimizer: Duration,
 }
 
 /// On the processor a batch is cut into this many lanes, which threads take whole. The number is fixed, so that the order of the
@@ -224,7 +223,6 @@ impl<B: Backend> Trainer<B> {
         let own = self.gradients(micro_batches);
         let loss = self.agreed(own.as_ref().map(|pass| pass.loss).map_err(|why| why.to_string()))?;
         let Pass { mut grads, forward, backward, .. } = own.map_err(Halt::Diverged)?;
-        let start = Instant::now();
         self.together.all_reduce(grads.tensors_mut().collect())?;
         let max_norm = if self.config.clip > 0.0 { self.config.clip } else { f64::INFINITY };
         let grad_norm = clip_global_norm(&mut grads, max_norm);
@@ -238,8 +236,7 @@ impl<B: Backend> Trainer<B> {
         self.optimizer.step(&mut self.params, &grads, lr * factor, adam_lr * factor);
         self.together.broadcast(self.division.owned(&mut self.params.values))?;
         self.guide();
-        self.device.sync();
-        Ok(Step { loss, grad_norm, forward, backward, optimizer: start.elapsed() })
+        Ok(Step { loss, grad_norm, forward, backward })
     }
 
     /// The sum of the workers' losses, or the first error among them, which all then have.
@@ -302,7 +299,6 @@ impl<B: Backend> Trainer<B> {
                 }
                 sums.push(pass.grads);
             }
-            self.device.sync();
             // lanes run side by side: the time that went by, in the proportion of what they took
             let wall = start.elapsed();
             let part = wall.mul_f64(first.as_secs_f64() / (first + second).as_secs_f64());
