@@ -1,8 +1,8 @@
 """rankgrad against PyTorch on one NVIDIA GPU, in turn, at one set of sizes: tokens/s, TFLOP/s, milliseconds, memory, and their ratios.
 
 Cases: methods × contexts, here 12 layers of d 768 with a vocabulary of 32,768 and 65,536 tokens per step. Ways: "rankgrad"
-(`rankgrad bench --rounds`), "eager" and "compiled" (torch_gpu.py, which says how PyTorch is used). Each way of each case is a process
-that stays until its case has been measured, so that starting and compiling happen once: all get ready first, side by side; then,
+(`rankgrad bench --rounds`), "graphs" (the same with CUDA graphs, if it is asked for), "eager" and "compiled" (torch_gpu.py, which says how
+PyTorch is used). Each way of each case is a process that stays until its case has been measured, so that starting and compiling happen once: all get ready first, side by side; then,
 case by case, the ways take a few steps each, round by round. rankgrad takes its activations' memory only when its case comes.
 Not a test of correctness (benches/reference_steps.py is), not a comparison at equal loss.
 
@@ -31,7 +31,8 @@ from compare import build, output, spread, text
 
 HERE = Path(__file__).resolve().parent
 METHODS = ["spectron", "dense-muon", "dense-adamw"]
-WAYS = ["rankgrad", "eager", "compiled"]
+OURS = ["rankgrad", "graphs"]
+WAYS = [*OURS, "eager", "compiled"]
 START = perf_counter()
 
 
@@ -128,7 +129,7 @@ def sizes(args, case: Case) -> list:
 
 
 def command(args, case: Case, way: str) -> list:
-    if way == "rankgrad":
+    if way in OURS:
         precision = "bf16-newton-schulz" if args.precision == "bf16" else args.precision  # as in PyTorch
         return [args.rankgrad, "bench", "--rounds", "--steps", args.steps, "--preset", "mid", "--device", args.device, "--precision",
                 precision, "--method", case.method, "--rank-ratio", args.ratio, *sizes(args, case)]
@@ -142,7 +143,8 @@ def start(args, case: Case, way: str) -> Process:
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(os.cpu_count() // 4, 1))}  # several compile at a time
     # rankgrad finds cuBLAS and NVRTC in the active virtual environment
     here = {"VIRTUAL_ENV": sys.prefix} if sys.prefix != sys.base_prefix else {}
-    return Process(f"{case.name}, {way}", command(args, case, way), log, here if way == "rankgrad" else threads)
+    here["RANKGRAD_CUDA_GRAPHS"] = str(int(way == "graphs"))
+    return Process(f"{case.name}, {way}", command(args, case, way), log, here if way in OURS else threads)
 
 
 def together(args, about: dict, processes: int) -> int:
@@ -162,7 +164,7 @@ def get_ready(args, cases: list) -> dict:
     waiting = {way: [(case, way) for case in cases if way in args.ways] for way in WAYS}
     later = waiting["compiled"] + waiting["eager"]  # the longer first
     loading = []  # all at once, while the machine is asked, but not before its files have been read from the disk once
-    own = waiting["rankgrad"]  # one after another, each by itself uses all cores
+    own = [pair for way in OURS for pair in waiting[way]]  # one after another, each by itself uses all cores
     begun = None
     about, loaded, preparing = {}, [], []
 
@@ -194,10 +196,10 @@ def get_ready(args, cases: list) -> dict:
             elif asks.failed:
                 sys.exit(f"compare_gpu: {asks.failed.split(': ', 1)[-1]} (more in {asks.log})")
         if own and not begun:
-            begun = own.pop(0)
-            begun[0].processes["rankgrad"] = start(args, *begun)
-            args.all.append(begun[0].processes["rankgrad"])
-        if begun and over(*begun, begun[0].processes["rankgrad"].answer(0), "ready"):
+            case, way = begun = own.pop(0)
+            case.processes[way] = start(args, *begun)
+            args.all.append(case.processes[way])
+        if begun and over(*begun, begun[0].processes[begun[1]].answer(0), "ready"):
             begun = None
         for pair in list(loading):
             case, way = pair
@@ -283,7 +285,7 @@ def table(args, about: dict, cases: list) -> str:
         for way, runs in case.rounds.items():
             if not runs:
                 continue
-            figure = lambda key, digits: text(spread([r[key] for r in runs]), digits) if key in runs[0] else ""
+            figure = lambda key, digits: text(spread([r[key] for r in runs]), digits) if runs[0].get(key) is not None else ""
             ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(own, runs)] if way != "rankgrad" else []
             ratio = f"{text(spread(ratios), 2)} times as fast" if ratios else ""
             lines.append(f"| {case.name} | {way} | {figure('tokens_per_second', 0)} | {ratio} | {figure('tflops', 1)} | "
@@ -303,7 +305,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", type=words, default=["spectron", "dense-muon"], metavar="M,…", help=", ".join(METHODS))
     parser.add_argument("--contexts", type=lambda s: [int(x) for x in words(s)], default=[1024, 2048], metavar="T,…")
-    parser.add_argument("--ways", type=words, default=WAYS, metavar="W,…", help=", ".join(WAYS))
+    parser.add_argument("--ways", type=words, default=["rankgrad", "eager", "compiled"], metavar="W,…", help=", ".join(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of a round; before the first of them two that are not timed")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds of all: cases that would not fit are named, not measured")
@@ -342,7 +344,7 @@ def main():
     args = arguments()
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"compare_gpu: {args.out} is not empty: name another --out")
-    if "rankgrad" in args.ways:
+    if set(OURS) & set(args.ways):
         args.rankgrad = (args.rankgrad or build(["-p", "rankgrad-lab", "--features", "cuda", "--bin", "rankgrad"])).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     results = (args.out / "results.jsonl").open("w")
