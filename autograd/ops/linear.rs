@@ -127,14 +127,10 @@ impl<'t, B: Backend> Var<'t, B> {
                 true => Tensor::scratch(x.device(), h.shape()),
                 false => Tensor::zeros(x.device(), h.shape()),
             }; // [N, Σr]
-            // on a processor one at a time, while what was read of its dy is still in a cache
-            for dys in dys.chunks(if B::ASYNCHRONOUS { K } else { 1 }) {
-                let products =
-                    dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i]).into(), h_columns[*i].start));
-                products_beside(&products.collect::<Vec<_>>(), &mut dh); // dh = [dy₁·A₁|dy₂·A₂|…]
-                let part = |i: usize| Mat::columns(&h, h_columns[i].clone());
-                grads.matmuls(dys.iter().map(|(i, dy)| (ia[*i], dy.t(), part(*i))).collect()); // dA [m, r] each
-            }
+            let products = dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i]).into(), h_columns[*i].start));
+            products_beside(&products.collect::<Vec<_>>(), &mut dh); // dh = [dy₁·A₁|dy₂·A₂|…]
+            let part = |i: usize| Mat::columns(&h, h_columns[i].clone());
+            grads.matmuls(dys.iter().map(|(i, dy)| (ia[*i], dy.t(), part(*i))).collect()); // dA [m, r] each
             grads.matmul(ib, x.t(), &dh); // dB [n, Σr]
             grads.matmul(ix, &dh, b_.t()); // dx [.., n]
         });

@@ -112,19 +112,10 @@ pub fn op_work(c: &Config) -> BTreeMap<&'static str, Work> {
         ("embedding", Work::Bytes([2.0 * float(c.dim), 3.0 * float(c.dim)])),
     ]);
     let products = |forward: f64| Work::Flops([forward, 2.0 * forward]);
-    let guided = matches!(entry::<rankgrad::tensor::Cpu<f32>>(c.method).matrices, Matrices::Guided { .. });
     if c.factored() {
-        let all = flops(|m, n, r| r * (m + n));
-        // what reads the attention's and SwiGLU's output shares it with no other
-        let alone =
-            matrices(c).into_iter().filter(|(name, _)| name.ends_with(".o") || name.ends_with(".down"));
-        let alone = alone.map(|(name, [m, n])| 2.0 * tokens * (c.rank(&name, [m, n]) * (m + n)) as f64).sum();
-        work.insert("lowrank_linear", products(if guided { all } else { alone }));
-        if !guided {
-            work.insert("lowrank_linears", products(all - alone));
-        }
+        work.insert("lowrank_linear", products(flops(|m, n, r| r * (m + n))));
     }
-    if !guided {
+    if !matches!(entry::<rankgrad::tensor::Cpu<f32>>(c.method).matrices, Matrices::Guided { .. }) {
         let whole = if c.factored() { 0.0 } else { flops(|m, n, _| m * n) };
         work.insert("linear", products(head + whole));
         work.insert("add", Work::Bytes([6.0 * layers * float(c.dim), 0.0])); // its backward shares one gradient
@@ -268,8 +259,7 @@ mod tests {
         let numbers = |n: [f64; 2]| Work::Bytes(n.map(|n| 12.0 * 4.0 * n));
         let flops = |n: [f64; 2]| Work::Flops(n.map(|n| 12.0 * n));
         assert_eq!(work["attention"], flops([64.0, 160.0]));
-        assert_eq!(work["lowrank_linear"], flops([288.0, 576.0])); // o and down
-        assert_eq!(work["lowrank_linears"], flops([544.0, 1088.0]));
+        assert_eq!(work["lowrank_linear"], flops([832.0, 1664.0]));
         assert_eq!(work["linear"], flops([4096.0, 8192.0]));
         assert_eq!(work["swiglu"], numbers([36.0, 60.0]));
         assert_eq!(work["rope"], numbers([24.0, 24.0]));

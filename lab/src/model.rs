@@ -12,7 +12,9 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rankgrad::autograd::{Rope, Var};
-use rankgrad::lowrank::{Dense, FactorPair, Hidden, Pair, PairInit, ParamVars, Params, gaussian, init_pair};
+use rankgrad::lowrank::{
+    Dense, FactorPair, Hidden, Leaves, Pair, PairInit, ParamVars, Params, gaussian, init_pair,
+};
 use rankgrad::tensor::{Attention, Backend, Tensor};
 
 use crate::config::{Config, Init};
@@ -210,14 +212,16 @@ impl<B: Backend> Model<B> {
         (model, params)
     }
 
-    /// The pairs that read one input, for [`Params::leaves`]: queries, keys and values of a block, and its gate and up.
-    pub fn sharing(&self) -> Vec<Vec<Pair>> {
+    /// The parameters as leaves: on a GPU with the pairs that read one input side by side, queries, keys and values of a block, and its gate and
+    /// up. (On a processor that takes as long, and 7 to 15 % more memory: docs/performance.md.)
+    pub fn leaves(&self, params: &Params<B>) -> Leaves<B> {
         let groups = self
             .blocks
             .iter()
             .flat_map(|block| [vec![block.q, block.k, block.v], vec![block.gate, block.up]]);
         let pairs = groups.filter_map(|group| group.into_iter().map(Linear::factored).collect());
-        pairs.collect()
+        let sharing: Vec<_> = if B::ASYNCHRONOUS { pairs.collect() } else { vec![] };
+        params.leaves(&sharing)
     }
 
     /// Gives the guides of self-guided training the weight of `step`; once that is 0, drops them from `params`.

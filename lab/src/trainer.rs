@@ -169,7 +169,7 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
 
 fn lane_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Lane<B> {
     Box::new(move |model, params| {
-        let leaves = params.leaves(&model.sharing()).cast(&device);
+        let leaves = model.leaves(params).cast(&device);
         Box::new(move |model, part, before| lane(&leaves, model, part, before))
     })
 }
@@ -429,7 +429,7 @@ fn sum_of_losses<B: Backend>(
     batches: impl Iterator<Item = Batch>,
 ) -> (f64, u64) {
     let (mut sum, mut tokens) = (0.0, 0);
-    let leaves = params.leaves(&model.sharing());
+    let leaves = model.leaves(params);
     for b in batches {
         let tape = Tape::new(leaves.device());
         let w = leaves.constants_on(&tape);

@@ -144,11 +144,7 @@ unsafe fn tiles<T: Scalar>(
 ) {
     let threads = rayon::current_num_threads();
     let shared = threads > 1 && c.len() * m * k * n >= WORTH_SHARING;
-    // all threads end together, if that does not take more than two tasks for each
-    let len = c.len();
-    let even = (1..=threads).find(|pieces| (pieces * len).is_multiple_of(threads));
-    let even = even.filter(|pieces| pieces * len <= 2 * threads.max(len));
-    let pieces = if shared { even.unwrap_or(threads.div_ceil(len)) } else { 1 };
+    let pieces = if shared { threads.div_ceil(c.len()) } else { 1 };
 
     let mut tasks = Vec::with_capacity(c.len() * pieces);
     for ((a, b), c) in a.iter().zip(b).zip(c) {

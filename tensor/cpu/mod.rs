@@ -264,11 +264,13 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn copy_cols(xs: &[&Tensor<Self>], ys: &mut [&mut Tensor<Self>], copies: &[Columns]) {
         for &Columns { from: (x, x_start), to: (y, y_start), width } in copies {
             let (x, y) = (xs[x], &mut ys[y]);
-            let (dx, dy) = (x.cols(), y.cols());
-            let rows = y.buffer_mut().chunks_exact_mut(dy.max(1)).zip(x.buffer().chunks_exact(dx.max(1)));
-            for (y, x) in rows.take(x.rows()) {
-                y[y_start..][..width].copy_from_slice(&x[x_start..][..width]);
-            }
+            let (dx, dy, rows) = (x.cols().max(1), y.cols().max(1), rows_per_task(width));
+            let from = x.buffer()[..x.len()].par_chunks(rows * dx);
+            y.buffer_mut().par_chunks_mut(rows * dy).zip(from).for_each(|(y, x)| {
+                for (y, x) in y.chunks_exact_mut(dy).zip(x.chunks_exact(dx)) {
+                    y[y_start..][..width].copy_from_slice(&x[x_start..][..width]);
+                }
+            });
         }
     }
 

@@ -69,7 +69,9 @@ pub(super) fn max<T: Scalar>(x: &[T]) -> T {
     let mut lanes = [T::neg_infinity(); LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for x in chunks {
-        lanes = std::array::from_fn(|i| greater(x[i], lanes[i]));
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane = greater(x, *lane);
+        }
     }
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane = greater(x, *lane);
@@ -375,13 +377,19 @@ pub(super) fn rope<T: Scalar>(
                         };
                         let whole = half - half % LANES;
                         for at in (0..whole).step_by(LANES) {
-                            // by value: the compiler need not ask whether what is written is read again
-                            let [a, b, cos, sin] = [xa, xb, cos, sin]
-                                .map(|x| *x[at..].first_chunk::<LANES>().expect("a whole vector"));
-                            let turned: [[T; 2]; LANES] =
-                                std::array::from_fn(|i| turn(a[i], b[i], cos[i], sin[i]));
-                            ya[at..at + LANES].copy_from_slice(&turned.map(|y| y[0]));
-                            yb[at..at + LANES].copy_from_slice(&turned.map(|y| y[1]));
+                            // by value: the compiler need not ask whether what is written is read again; and in loops, since what an array's
+                            // `map` calls is at times compiled apart, for the oldest processor
+                            let mut values = [[T::zero(); LANES]; 4];
+                            for (values, x) in values.iter_mut().zip([xa, xb, cos, sin]) {
+                                *values = *x[at..].first_chunk::<LANES>().expect("a whole vector");
+                            }
+                            let [a, b, cos, sin] = values;
+                            let [mut first, mut second] = [[T::zero(); LANES]; 2];
+                            for i in 0..LANES {
+                                [first[i], second[i]] = turn(a[i], b[i], cos[i], sin[i]);
+                            }
+                            ya[at..at + LANES].copy_from_slice(&first);
+                            yb[at..at + LANES].copy_from_slice(&second);
                         }
                         for i in whole..half {
                             [ya[i], yb[i]] = turn(xa[i], xb[i], cos[i], sin[i]);
