@@ -218,30 +218,30 @@ impl<B: Backend> Params<B> {
     pub fn leaves(&self, sharing: &[Vec<Pair>]) -> Leaves<B> {
         let Values { pairs, hidden, dense } = &self.values;
         let mut tensors: Vec<_> = pairs.iter().map(|pair| pair.a.clone()).collect(); // [m, r] each
-        let mut places: Vec<_> = (0..pairs.len()).map(|i| ([i, usize::MAX], 0..pairs[i].rank())).collect();
+        let mut beside: Vec<Option<(usize, Range<usize>)>> = vec![None; pairs.len()];
         let mut groups = Vec::new();
-        for (i, group) in sharing.iter().enumerate() {
-            let mut end = 0;
+        for group in sharing.iter().filter(|group| !group.is_empty()) {
+            let (leaf, mut end) = (tensors.len() + groups.len(), 0);
             for &Pair(at) in group {
                 let (name, inputs) = (&self.pair_names[at], pairs[at].inputs());
-                assert!(places[at].0[1] == usize::MAX, "leaves: {name} is in a group already");
-                assert!(
-                    inputs == pairs[group[0].0].inputs(),
-                    "leaves: {name} has {inputs} inputs, others do not"
-                );
+                assert!(beside[at].is_none(), "leaves: {name} is in a group already");
+                let others = pairs[group[0].0].inputs();
+                assert!(inputs == others, "leaves: {name} has {inputs} inputs, others of its group {others}");
                 let start = end;
                 end += pairs[at].rank();
-                places[at] = ([at, pairs.len() + i], start..end);
+                beside[at] = Some((leaf, start..end));
             }
             groups.push(group.iter().map(|pair| &pairs[pair.0].b).collect::<Vec<_>>());
         }
         tensors.extend(side_by_side(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>())); // [n, Σr] each
-        for (([_, b], _), pair) in
-            places.iter_mut().zip(pairs).filter(|((leaves, _), _)| leaves[1] == usize::MAX)
-        {
-            *b = tensors.len();
-            tensors.push(pair.b.clone()); // [n, r]
-        }
+        let place = |(i, (beside, pair)): (usize, (Option<_>, &FactorPair<B>))| {
+            let (b, columns) = beside.unwrap_or_else(|| {
+                tensors.push(pair.b.clone()); // [n, r]
+                (tensors.len() - 1, 0..pair.rank())
+            });
+            ([i, b], columns)
+        };
+        let places = beside.into_iter().zip(pairs).enumerate().map(place).collect();
         let mut add = |more: &[Tensor<B>]| {
             tensors.extend_from_slice(more);
             tensors.len() - more.len()..tensors.len()

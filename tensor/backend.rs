@@ -191,10 +191,10 @@ pub enum Accum {
 
 /// A matrix operand of a product: a tensor, or some of its columns, and whether it is read transposed.
 pub struct Mat<'a, B: Backend> {
-    pub tensor: &'a Tensor<B>,
-    pub transposed: bool,
-    /// The first of the tensor's columns that belong to it, and how many do.
-    pub columns: [usize; 2],
+    pub(crate) tensor: &'a Tensor<B>,
+    pub(crate) transposed: bool,
+    /// The first of the tensor's columns that belong to it, and how many do: kernels rely on it that the tensor has them.
+    pub(crate) columns: [usize; 2],
 }
 
 // derived, these would ask for B: Copy

@@ -63,6 +63,15 @@ fn products() {
         refuses("lowrank_linear", &parts, || c.lowrank_linear(leaf(&a), leaf(&b)));
     }
     refuses("lowrank_linear", &["[4, 6]", "[2, 3, 6]", "[5, 2]"], || a.lowrank_linear(c, b));
+    let together = [
+        ([6, 6], ["[2, 3, 6]", "[6, 6]", "[2, 3] of all A"]),
+        ([7, 5], ["[2, 3, 6]", "[7, 5]", "6 of x and 7 of B"]),
+    ];
+    for (side_by_side, parts) in together {
+        refuses("lowrank_linears", &parts, || {
+            c.lowrank_linears([leaf(&[5, 2]), leaf(&[4, 3])], leaf(&side_by_side))
+        });
+    }
     refuses("add_bias", &["[4, 6]", "[6]", "not [5, 2]"], || a.add_bias(b));
 }
 

@@ -812,6 +812,7 @@ fn pairs_of_one_input_lie_side_by_side() {
     };
     let [lone, q, k, v] =
         [("lone", 5, 2), ("q", 5, 2), ("k", 4, 3), ("v", 5, 2)].map(|(name, m, r)| add(name, m, r));
+    let far = params.pair("far", FactorPair::new(draw(5, 2, 1.0), draw(4, 2, 1.0))); // [5, 2], [4, 2]: another input
     let (w, g) = (params.hidden("w", draw(5, 3, 1.0)), params.dense("g", draw(1, 5, 2.0).reshape([5]))); // [5, 3], [5]
     let leaves = params.leaves(&[vec![v, q, k]]);
     let same = |a: &Values<_>, b: &Values<_>| {
@@ -844,6 +845,7 @@ fn pairs_of_one_input_lie_side_by_side() {
         *std::panic::catch_unwind(all).expect_err("refused").downcast::<String>().expect("a message")
     };
     assert!(refused(vec![v, q]).contains("q is in a group already"));
+    assert!(refused(vec![v, far]).contains("far has 4 inputs, others of its group 3"));
 }
 
 /// Some rows of logits at a time, the last of them fewer: value and gradients of all at once, to the rounding of another order of sums.
