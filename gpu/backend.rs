@@ -6,8 +6,8 @@
 use super::executor::{Address, Arg, Executor, Gemm, Launch, Type};
 use crate::lowrank::Radius;
 use crate::tensor::{
-    Accum, AdamWStep, Attention, Axpby, Backend, Bf16, Binary, Columns, Element, Mat, Shape, Tensor, Unary,
-    apart, columns_of,
+    Accum, AdamWStep, AdamWUpdate, Attention, Axpby, Backend, Bf16, Binary, Columns, Element, Mat, Shape,
+    Tensor, Unary, apart, columns_of,
 };
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -100,11 +100,11 @@ impl<T: OnGpu> Cuda<T> {
     ///
     /// # Safety
     /// The rows must be the structs that the kernel takes first, and `more` its other arguments.
-    unsafe fn each_row(
+    unsafe fn each_row<const N: usize>(
         &self,
         kernel: &'static str,
-        table: Vec<[u64; 4]>,
-        len: impl Fn([u64; 4]) -> usize,
+        table: Vec<[u64; N]>,
+        len: impl Fn([u64; N]) -> usize,
         more: &[Arg],
     ) {
         let Some(most) = table.iter().copied().map(len).max() else { return };
@@ -785,20 +785,21 @@ impl<T: OnGpu> Backend for Cuda<T> {
         unsafe { first.device().clone().each_term("renormalised_step", moves, args![squares, exact]) };
     }
 
-    fn adamw(
-        w: &mut Tensor<Self>,
-        g: &Tensor<Self>,
-        m: &mut Tensor<Self>,
-        v: &mut Tensor<Self>,
-        s: AdamWStep,
-    ) {
-        same_len("adamw", [w, g, m, v]);
-        let n = w.len() as u64;
-        let [keep, rate, eps] = [1.0 - s.lr * s.decay, s.lr / s.bias1, s.eps].map(|x| x as f32);
-        let [beta1, c1, beta2, c2] = [s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2].map(|x| x as f32);
-        let args = args![w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, (1.0 / s.bias2) as f32, n];
-        // SAFETY: (w, g, m, v, keep, rate, eps, beta1, c1, beta2, c2, inv_bias2, n)
-        unsafe { g.device().each("adamw", g.len(), args) };
+    fn adamw(step: AdamWStep, updates: Vec<AdamWUpdate<Self>>) {
+        let AdamWStep { beta1, beta2, eps, bias1, bias2 } = step;
+        let Some(device) = updates.first().map(|update| update.g.device().clone()) else { return };
+        let row = |AdamWUpdate { w, g, moments: [m, v], lr, decay }: AdamWUpdate<Self>| {
+            same_len("adamw", [w, g, m, v]);
+            let [keep, rate] = [1.0 - lr * decay, lr / bias1].map(|x| u64::from((x as f32).to_bits()));
+            let gradient = checked::<T>(g.buffer(), g.len()).address();
+            [address(w), gradient, address(m), address(v), keep | rate << 32, g.len() as u64]
+        };
+        let [beta1, c1, beta2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|x| x as f32);
+        let args = args![eps as f32, beta1, c1, beta2, c2, (1.0 / bias2) as f32];
+        // SAFETY: (updates, eps, beta1, c1, beta2, c2, inv_bias2), each row with the fields of an Update
+        unsafe {
+            device.each_row("adamw", updates.into_iter().map(row).collect(), |[.., n]| n as usize, args)
+        };
     }
 }
 

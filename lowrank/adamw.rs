@@ -2,7 +2,7 @@
 
 use super::FactorPair;
 use super::optimizer::{Rule, State, same_count};
-use crate::tensor::{AdamWStep, Backend, Tensor};
+use crate::tensor::{AdamWStep, AdamWUpdate, Backend, Tensor};
 
 /// Adam with decoupled weight decay. Decay is left out for vectors (gains, biases).
 pub struct AdamW<B: Backend> {
@@ -40,14 +40,15 @@ impl<B: Backend> AdamW<B> {
     ) where
         B: 'a,
     {
+        let Self { beta1, beta2, eps, weight_decay, .. } = *self;
         let bias = |beta: f64| 1.0 - beta.powi(t as i32);
-        for (i, ((w, g), [m, v])) in tensors.zip(&mut self.moments).enumerate() {
-            let lr = lr(i);
-            let decay = if w.shape().dims().len() > 1 { self.weight_decay } else { 0.0 };
-            let Self { beta1, beta2, eps, .. } = *self;
-            let (bias1, bias2) = (bias(beta1), bias(beta2));
-            B::adamw(w, g, m, v, AdamWStep { lr, beta1, beta2, eps, decay, bias1, bias2 });
+        let step = AdamWStep { beta1, beta2, eps, bias1: bias(beta1), bias2: bias(beta2) };
+        let mut updates = Vec::new();
+        for (i, ((w, g), moments)) in tensors.zip(&mut self.moments).enumerate() {
+            let decay = if w.shape().dims().len() > 1 { weight_decay } else { 0.0 };
+            updates.push(AdamWUpdate { w, g, moments, lr: lr(i), decay });
         }
+        B::adamw(step, updates);
     }
 
     fn moments(&mut self) -> State<'_, B> {

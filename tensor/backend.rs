@@ -156,14 +156,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// `x ← beta·x − ρ·o` for each (η, o, beta, x), where ρ is the radius of η and the norms σ_A and σ_B of a pair, of whose factors there are A
     /// and B in turn. No device is waited for.
     fn renormalised_step(sigma: &Self::Norms, radius: Radius, moves: Vec<Axpby<Self>>);
-    /// One AdamW update of `w`, and of its moments `m` and `v`, in one sweep.
-    fn adamw(
-        w: &mut Tensor<Self>,
-        g: &Tensor<Self>,
-        m: &mut Tensor<Self>,
-        v: &mut Tensor<Self>,
-        step: AdamWStep,
-    );
+    /// AdamW updates of some tensors and their moments, each in one sweep.
+    fn adamw(step: AdamWStep, updates: Vec<AdamWUpdate<Self>>);
 }
 
 /// Columns that are copied between two tensors with as many rows. A place is a tensor, counted from 0, and the first column in it.
@@ -399,16 +393,24 @@ pub struct Attention {
     pub causal: bool,
 }
 
-/// The numbers of one AdamW update (Loshchilov & Hutter 2019, Algorithm 2).
+/// What AdamW updates have in common (Loshchilov & Hutter 2019, Algorithm 2).
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWStep {
-    pub lr: f64,
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
-    /// λ: w ← w·(1 − lr·λ) before the update.
-    pub decay: f64,
     /// 1 − beta1ᵗ and 1 − beta2ᵗ.
     pub bias1: f64,
     pub bias2: f64,
+}
+
+/// The update of one tensor.
+pub struct AdamWUpdate<'a, B: Backend> {
+    pub w: &'a mut Tensor<B>,
+    pub g: &'a Tensor<B>,
+    /// First and second.
+    pub moments: &'a mut [Tensor<B>; 2],
+    pub lr: f64,
+    /// λ: w ← w·(1 − lr·λ) before the update.
+    pub decay: f64,
 }

@@ -10,7 +10,7 @@ mod cpu;
 mod scalar;
 mod shape;
 
-pub use backend::{Accum, AdamWStep, Attention, Axpby, Backend, Binary, Columns, Mat, Unary};
+pub use backend::{Accum, AdamWStep, AdamWUpdate, Attention, Axpby, Backend, Binary, Columns, Mat, Unary};
 pub(crate) use backend::{apart, in_batches, items_per_task, product_shape, products, products_beside};
 pub use cpu::Cpu;
 pub(crate) use cpu::simd;

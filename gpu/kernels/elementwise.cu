@@ -163,16 +163,23 @@ ROW_KERNEL(embedding)(const T* table, const u32* ids, T* y, u64 rows, u32 d) {
     at.columns([](u32, float x, auto& y) { y = x; }, at.keep(table + (u64)ids[at.number] * d), at.of(y));
 }
 
-// ---- adamw (Loshchilov & Hutter 2019, Algorithm 2): keep = 1 − lr·λ, rate = lr/bias1, c = 1 − β
+// ---- adamw (Loshchilov & Hutter 2019, Algorithm 2) for each of some tensors: keep = 1 − lr·λ, rate = lr/bias1, c = 1 − β
 
-KERNEL(adamw)(T* w, const T* g, T* m, T* v, float keep, float rate, float eps, float beta1, float c1, float beta2, float c2,
-              float inv_bias2, u64 n) {
+struct Update {
+    T* w;
+    const T* g;
+    T *m, *v;
+    float keep, rate;
+    u64 n;
+};
+KERNEL(adamw)(const Update* updates, float eps, float beta1, float c1, float beta2, float c2, float inv_bias2) {
+    const Update t = updates[blockIdx.x];
     auto f = [=](float g, float w, float m, float v, auto& w_, auto& m_, auto& v_) {
         const float mean = beta1 * m + c1 * g;
         const float square = beta2 * v + c2 * g * g;
         m_ = mean;
         v_ = square;
-        w_ = keep * w - rate * mean / (sqrtf(square * inv_bias2) + eps);
+        w_ = t.keep * w - t.rate * mean / (sqrtf(square * inv_bias2) + eps);
     };
-    each(n, f, g, (const T*)w, (const T*)m, (const T*)v, w, m, v);
+    each(thread_of_term(), t.n, f, t.g, (const T*)t.w, (const T*)t.m, (const T*)t.v, t.w, t.m, t.v);
 }

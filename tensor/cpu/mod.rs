@@ -15,7 +15,8 @@ pub use buffer::{Buffer, Pool};
 pub use sgemm::{Product, dgemm, sgemm};
 
 use super::{
-    Accum, AdamWStep, Attention, Axpby, Backend, Binary, Columns, Mat, Scalar, Shape, Tensor, Unary, apart,
+    Accum, AdamWStep, AdamWUpdate, Attention, Axpby, Backend, Binary, Columns, Mat, Scalar, Shape, Tensor,
+    Unary, apart,
 };
 use crate::lowrank::Radius;
 use rayon::prelude::*;
@@ -372,30 +373,26 @@ impl<T: Scalar> Backend for Cpu<T> {
         Self::axpby(moves.into_iter().enumerate().map(one).collect());
     }
 
-    fn adamw(
-        w: &mut Tensor<Self>,
-        g: &Tensor<Self>,
-        m: &mut Tensor<Self>,
-        v: &mut Tensor<Self>,
-        s: AdamWStep,
-    ) {
-        let (keep, lr, eps) = (T::of(1.0 - s.lr * s.decay), T::of(s.lr / s.bias1), T::of(s.eps));
-        let (b1, b2) = (T::of(s.beta1), T::of(s.beta2));
-        let (c1, c2) = (T::of(1.0 - s.beta1), T::of(1.0 - s.beta2));
-        let inv_bias2 = T::of(1.0 / s.bias2);
-        let moments = m.buffer_mut().par_chunks_mut(GRAIN).zip(v.buffer_mut().par_chunks_mut(GRAIN));
-        let inputs = g.buffer().par_chunks(GRAIN).zip(moments);
-        w.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(w, (g, (m, v)))| {
-            simd(
-                #[inline(always)]
-                || {
-                    for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
-                        *m = b1 * *m + c1 * g;
-                        *v = b2 * *v + c2 * g * g;
-                        *w = keep * *w - lr * *m / ((*v * inv_bias2).sqrt() + eps);
-                    }
-                },
-            )
-        });
+    fn adamw(step: AdamWStep, updates: Vec<AdamWUpdate<Self>>) {
+        let AdamWStep { beta1, beta2, eps, bias1, bias2 } = step;
+        let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(T::of);
+        let (eps, inv_bias2) = (T::of(eps), T::of(1.0 / bias2));
+        for AdamWUpdate { w, g, moments: [m, v], lr, decay } in updates {
+            let (keep, lr) = (T::of(1.0 - lr * decay), T::of(lr / bias1));
+            let moments = m.buffer_mut().par_chunks_mut(GRAIN).zip(v.buffer_mut().par_chunks_mut(GRAIN));
+            let inputs = g.buffer().par_chunks(GRAIN).zip(moments);
+            w.buffer_mut().par_chunks_mut(GRAIN).zip(inputs).for_each(|(w, (g, (m, v)))| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+                            *m = b1 * *m + c1 * g;
+                            *v = b2 * *v + c2 * g * g;
+                            *w = keep * *w - lr * *m / ((*v * inv_bias2).sqrt() + eps);
+                        }
+                    },
+                )
+            });
+        }
     }
 }
