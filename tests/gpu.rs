@@ -816,7 +816,12 @@ fn planted_bugs_are_found() {
             "// as above",
         ),
         (In::Bf16, "copies to the buffer that is being read", "sk + (buffer ^ 1)", "sk + buffer"),
-        (In::Bf16, "copies beyond the head's columns", "there ? from : head, there", "from, true"),
+        (
+            In::Bf16,
+            "copies beyond the head's columns", // but not of rows beyond the tensor: they may end outside of all memory
+            "there ? from : head, there",
+            "first + row < end ? from : head, first + row < end",
+        ),
         (
             In::Bf16,
             "a wait for the warp's own rows",
