@@ -511,8 +511,7 @@ impl Gpu {
             elsewhere.into_iter().chain([table]).for_each(|(address, bytes)| self.free(address, bytes));
             compared
         };
-        self.must(compared.map_err(|why| Refused::of(name(&shape, count))(why)));
-        self.plans().apart(shape, count) == Some(true)
+        self.must(compared.map_err(|why| Refused::of(name(&shape, count))(why)))
     }
 
     /// The addresses of a batch on the device, first of all A, then of all B, then of all C: where, and how many bytes.

@@ -298,7 +298,7 @@ impl Plans {
         self.apart.get(&(shape, count)).copied()
     }
 
-    /// Keeps the answer, from the fastest run of `batch` and of `singles`, each of which enqueues the products.
+    /// Finds the answer, and keeps it, from the fastest run of `batch` and of `singles`, each of which enqueues the products.
     ///
     /// # Errors
     /// What the driver or a library says.
@@ -308,7 +308,7 @@ impl Plans {
         (shape, count): (Shape, usize),
         batch: impl Fn() -> Result<(), String>,
         singles: impl Fn(&Self) -> Result<(), String>,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
         let [mut together, mut apart] = [f32::INFINITY; 2];
         for _ in 0..RUNS {
             together = together.min(time(stream, &batch)?);
@@ -317,7 +317,7 @@ impl Plans {
         let one_by_one = apart < FASTER * together;
         self.apart.insert((shape, count), one_by_one);
         self.write(Line::Batch(shape, count, one_by_one));
-        Ok(())
+        Ok(one_by_one)
     }
 
     /// Writes down what is best. A file that cannot be written is none: the next process looks again.

@@ -3,7 +3,7 @@
 
 use super::FactorPair;
 use crate::autograd::{Grads, Tape, Var, VarId};
-use crate::tensor::{Backend, Tensor, cast_all, columns_of, scale_all, side_by_side};
+use crate::tensor::{Backend, Tensor, blocks, cast_all, columns_of, scale_all, side_by_side};
 use std::ops::{Index, Range};
 use std::sync::Arc;
 
@@ -221,15 +221,14 @@ impl<B: Backend> Params<B> {
         let mut beside: Vec<Option<(usize, Range<usize>)>> = vec![None; pairs.len()];
         let mut groups = Vec::new();
         for group in sharing.iter().filter(|group| !group.is_empty()) {
-            let (leaf, mut end) = (tensors.len() + groups.len(), 0);
-            for &Pair(at) in group {
+            let leaf = tensors.len() + groups.len();
+            let columns = blocks(group.iter().map(|pair| pairs[pair.0].rank()));
+            for (&Pair(at), columns) in group.iter().zip(columns) {
                 let (name, inputs) = (&self.pair_names[at], pairs[at].inputs());
                 assert!(beside[at].is_none(), "leaves: {name} is in a group already");
                 let others = pairs[group[0].0].inputs();
                 assert!(inputs == others, "leaves: {name} has {inputs} inputs, others of its group {others}");
-                let start = end;
-                end += pairs[at].rank();
-                beside[at] = Some((leaf, start..end));
+                beside[at] = Some((leaf, columns));
             }
             groups.push(group.iter().map(|pair| &pairs[pair.0].b).collect::<Vec<_>>());
         }

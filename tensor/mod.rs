@@ -273,6 +273,14 @@ pub(crate) fn cast_all<B: Backend, C: Backend<Wide = B::Wide>>(
     device.narrow(&B::widen(xs).iter().collect::<Vec<_>>()) // like each x
 }
 
+/// The columns that blocks of these widths have, side by side from 0 on.
+pub(crate) fn blocks(widths: impl IntoIterator<Item = usize>) -> impl Iterator<Item = Range<usize>> {
+    widths.into_iter().scan(0, |end, width| {
+        *end += width;
+        Some(*end - width..*end)
+    })
+}
+
 /// The tensors of each group side by side, along the last axis; a group has one number of rows.
 pub(crate) fn side_by_side<B: Backend>(groups: &[&[&Tensor<B>]]) -> Vec<Tensor<B>> {
     let scratch = |group: &&[&Tensor<B>]| {
@@ -282,10 +290,9 @@ pub(crate) fn side_by_side<B: Backend>(groups: &[&[&Tensor<B>]]) -> Vec<Tensor<B
     let mut ys: Vec<_> = groups.iter().map(scratch).collect();
     let (mut copies, mut x) = (Vec::new(), 0);
     for (y, group) in groups.iter().enumerate() {
-        let mut first = 0;
-        for part in *group {
-            copies.push(Columns { from: (x, 0), to: (y, first), width: part.cols() });
-            (x, first) = (x + 1, first + part.cols());
+        for range in blocks(group.iter().map(|x| x.cols())) {
+            copies.push(Columns { from: (x, 0), to: (y, range.start), width: range.len() });
+            x += 1;
         }
     }
     B::copy_cols(&groups.concat(), &mut ys.iter_mut().collect::<Vec<_>>(), &copies);

@@ -1,7 +1,7 @@
 //! Ops that move elements without changing them.
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Shape, Tensor, columns_of, side_by_side};
+use crate::tensor::{Backend, Shape, Tensor, blocks, columns_of, side_by_side};
 use std::ops::Range;
 
 impl<'t, B: Backend> Var<'t, B> {
@@ -65,12 +65,7 @@ pub fn concat<'t, B: Backend>(parts: &[Var<'t, B>]) -> Var<'t, B> {
     let ids: Vec<_> = parts.iter().map(|x| x.id()).collect();
     let widths: Vec<_> = values.iter().map(Tensor::cols).collect();
     first.tape().record("concat", parts, y, move |dy, grads| {
-        let mut end = 0;
-        let part = |&width: &usize| {
-            end += width;
-            (0, end - width..end)
-        };
-        let parts: Vec<_> = widths.iter().map(part).collect();
+        let parts: Vec<_> = blocks(widths).map(|range| (0, range)).collect();
         let dxs = columns_of(&[&dy], &parts); // like each part
         ids.into_iter().zip(dxs).for_each(|(id, dx)| grads.add(id, dx));
     })

@@ -3,7 +3,7 @@
 //! Letters: N rows of x (its leading axes together), n inputs, m outputs, r rank; W [m, n] = A [m, r] · Bᵀ, B [n, r].
 
 use crate::autograd::Var;
-use crate::tensor::{Backend, Mat, Shape, Tensor, product_shape, products, products_beside};
+use crate::tensor::{Backend, Mat, Shape, Tensor, blocks, product_shape, products, products_beside};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
@@ -122,11 +122,10 @@ impl<'t, B: Backend> Var<'t, B> {
         let all = tape.record("lowrank_linears", &inputs, none.clone(), move |_, grads| {
             let dys: Vec<_> =
                 handed.take().into_iter().enumerate().filter_map(|(i, dy)| Some((i, dy?))).collect(); // [.., m] each
-            let whole = dys.len() == K; // else there are columns that nothing is added to
-            let mut dh = match whole {
-                true => Tensor::scratch(x.device(), h.shape()),
-                false => Tensor::zeros(x.device(), h.shape()),
-            }; // [N, Σr]
+            let mut dh = match dys.len() == K {
+                true => Tensor::scratch(x.device(), h.shape()), // [N, Σr]
+                false => Tensor::zeros(x.device(), h.shape()),  // [N, Σr]: some columns get nothing
+            };
             let products = dys.iter().map(|(i, dy)| (dy.into(), (&factors[*i]).into(), h_columns[*i].start));
             products_beside(&products.collect::<Vec<_>>(), &mut dh); // dh = [dy₁·A₁|dy₂·A₂|…]
             let part = |i: usize| Mat::columns(&h, h_columns[i].clone());
@@ -192,7 +191,7 @@ fn check_pairs<B: Backend, const K: usize>(
     x: &Tensor<B>,
     all: &[Tensor<B>; K],
     b: &Tensor<B>,
-) -> ([Range<usize>; K], [Shape; K]) {
+) -> (Vec<Range<usize>>, [Shape; K]) {
     let (xs, sb, ranks) = (x.shape(), b.shape(), all.each_ref().map(Tensor::cols));
     assert!(
         sb.dims().len() == 2 && all.iter().all(|a| a.shape().dims().len() == 2),
@@ -208,10 +207,5 @@ fn check_pairs<B: Backend, const K: usize>(
         xs.cols(),
         sb.rows()
     );
-    let mut end = 0;
-    let columns = ranks.map(|r| {
-        end += r;
-        end - r..end
-    });
-    (columns, all.each_ref().map(|a| xs.with_cols(a.rows())))
+    (blocks(ranks).collect(), all.each_ref().map(|a| xs.with_cols(a.rows())))
 }
