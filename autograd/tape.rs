@@ -22,6 +22,8 @@ pub(super) struct Node<B: Backend> {
     pub shape: Shape,
     /// Whether a gradient is wanted here: it is a leaf, or depends on one.
     wanted: bool,
+    /// The first op that has this as an input: going backward, the last that adds to its gradient.
+    first_use: Option<usize>,
     /// None for leaves and constants.
     backward: Option<Backward<B>>,
 }
@@ -97,23 +99,15 @@ impl<B: Backend> Tape<B> {
         value: Tensor<B>,
         backward: impl FnOnce(Tensor<B>, &mut Grads<B>) + 'static,
     ) -> Var<'_, B> {
+        let id = self.nodes.borrow().len();
         for input in inputs {
             assert!(std::ptr::eq(self, input.tape), "{op}: the inputs are on different tapes");
+            if let Some(node) = self.nodes.borrow_mut().get_mut(input.id.0) {
+                node.first_use.get_or_insert(id);
+            }
         }
         let wanted = inputs.iter().any(|x| x.wanted());
         self.push(op, value, wanted, wanted.then(|| Box::new(backward) as Backward<B>))
-    }
-
-    /// Appends an op that has no derivative. A gradient that reaches it panics, rather than being dropped in silence.
-    #[track_caller]
-    pub fn record_opaque(&self, op: &'static str, inputs: &[Var<'_, B>], value: Tensor<B>) -> Var<'_, B> {
-        let line = Location::caller();
-        self.record(op, inputs, value, move |_, _| {
-            panic!(
-                "{op} at {line} has no derivative, and the loss depends on it; \
-                 call .detach() on its result if it is meant to be constant"
-            )
-        })
     }
 
     #[track_caller]
@@ -128,7 +122,7 @@ impl<B: Backend> Tape<B> {
         let (line, shape) = (Location::caller(), value.shape());
         self.clock.recorded(op, line);
         let mut nodes = self.nodes.borrow_mut();
-        nodes.push(Node { op, line, value: Some(value), shape, wanted, backward });
+        nodes.push(Node { op, line, value: Some(value), shape, wanted, first_use: None, backward });
         Var { tape: self, id: VarId(nodes.len() - 1) }
     }
 }
@@ -187,31 +181,49 @@ impl<'t, B: Backend> Var<'t, B> {
     /// Also if a gradient has not the shape of its leaf.
     #[track_caller]
     pub fn backward_onto(self, before: impl IntoIterator<Item = (VarId, Tensor<B::Wide>)>) -> Grads<B> {
+        self.backward_with(before, |_, _| {})
+    }
+
+    /// As [`Var::backward_onto`]; `complete` is called for each leaf as soon as nothing will be added to its gradient any more: those
+    /// that no op uses first, then those of the last ops. It may [`Grads::take`] that one, and [`Grads::put`] it back when all is done.
+    #[track_caller]
+    pub fn backward_with(
+        self,
+        before: impl IntoIterator<Item = (VarId, Tensor<B::Wide>)>,
+        mut complete: impl FnMut(&mut Grads<B>, VarId),
+    ) -> Grads<B> {
         let shape = self.shape();
         assert!(shape.len() == 1, "backward: the loss has shape {shape}; reduce it with sum() or mean()");
         let tape = self.tape;
         tape.consumed.set(true);
-        let mut grads = {
+        let (mut grads, mut leaves) = {
             let nodes = tape.nodes.borrow();
-            Grads {
+            let is_leaf = |node: &Node<B>| node.wanted && node.backward.is_none();
+            let grads = Grads {
                 slots: nodes.iter().map(|_| None).collect(),
                 leaves: nodes.iter().map(|_| None).collect(),
-                is_leaf: nodes.iter().map(|node| node.wanted && node.backward.is_none()).collect(),
+                is_leaf: nodes.iter().map(is_leaf).collect(),
                 shapes: nodes.iter().map(|node| node.shape).collect(),
                 wanted: nodes.iter().map(|node| node.wanted).collect(),
                 seed: Tensor::full(&tape.device, shape, 1.0), // like the loss
-            }
+            };
+            let leaves = nodes.iter().enumerate().filter(|(_, node)| is_leaf(node));
+            let last_add = |(id, node): (usize, &Node<B>)| (node.first_use.unwrap_or(usize::MAX), VarId(id));
+            (grads, leaves.map(last_add).collect::<Vec<_>>())
         };
+        leaves.sort_by_key(|(last_add, _)| *last_add);
         before.into_iter().for_each(|(leaf, gradient)| grads.add_wide(leaf, gradient, &tape.device));
         grads.add(self.id, grads.seed.clone());
         // each borrow ends before `backward` runs, so that it may look at the tape
         let last = || tape.nodes.borrow_mut().pop();
         while let Some(node) = last() {
             let id = tape.nodes.borrow().len();
-            let Some(backward) = node.backward else { continue };
             drop(node.value);
-            if let Some(dy) = grads.slots[id].take() {
+            if let (Some(backward), Some(dy)) = (node.backward, grads.slots[id].take()) {
                 tape.clock.backward(node.op, node.line, || backward(dy, &mut grads));
+            }
+            while let Some((_, leaf)) = leaves.pop_if(|(last_add, _)| *last_add >= id) {
+                complete(&mut grads, leaf);
             }
         }
         grads
@@ -272,6 +284,17 @@ impl<B: Backend> Grads<B> {
     /// The gradient of the leaf `x`, or None if the loss does not depend on it.
     pub fn get(&self, x: Var<'_, B>) -> Option<&Tensor<B::Wide>> {
         self.leaves[x.id.0].as_ref()
+    }
+
+    /// Gives the leaf `x` a gradient where [`Grads::take`] has taken one.
+    ///
+    /// # Panics
+    /// If there is one: something was added after it was complete, by an op that does not name all of its inputs.
+    #[track_caller]
+    pub fn put(&mut self, x: VarId, gradient: Tensor<B::Wide>) {
+        assert!(self.leaves[x.0].is_none(), "gradient: an op adds to a leaf that is none of its inputs");
+        self.fits(x, gradient.shape());
+        self.leaves[x.0] = Some(gradient);
     }
 
     /// [`Grads::add`] of what is not rounded to the tape's elements, and for a leaf need not be.
@@ -359,5 +382,19 @@ impl<B: Backend> Var<'_, B> {
         if let Some(node) = self.tape.nodes.borrow_mut().get_mut(self.id.0) {
             node.value.take_if(|_| !self.tape.keeps);
         }
+    }
+}
+
+impl<B: Backend> Tape<B> {
+    /// Appends an op that has no derivative. A gradient that reaches it panics, rather than being dropped in silence.
+    #[track_caller]
+    pub fn record_opaque(&self, op: &'static str, inputs: &[Var<'_, B>], value: Tensor<B>) -> Var<'_, B> {
+        let line = Location::caller();
+        self.record(op, inputs, value, move |_, _| {
+            panic!(
+                "{op} at {line} has no derivative, and the loss depends on it; \
+                 call .detach() on its result if it is meant to be constant"
+            )
+        })
     }
 }

@@ -1,14 +1,15 @@
 //! NCCL: sums and broadcasts between GPUs, of one machine or of several, each GPU a worker with a thread or a process of its own.
 //!
-//! The library is looked for at run time (probe.rs); what is called of it stands in one table. The work goes onto the GPU's one
-//! stream, as everything does. A communicator is, as in NCCL, one worker's end of the whole.
+//! The library is looked for at run time (probe.rs); what is called of it stands in one table. The work has a stream of its own, so that
+//! the GPU computes meanwhile: it waits, there, for all that was asked of the GPU before, and its end is waited for by the host, which
+//! so sees when another worker is lost. A communicator is, as in NCCL, one worker's end of the whole.
 
 use super::backend::{Cuda, address};
 use super::cuda::Gpu;
 use super::probe::{devices, nccl_library};
-use crate::parallel::{Collective, Failed, Link};
+use crate::parallel::{Collective, Failed, Link, Sums};
 use crate::tensor::Tensor;
-use cudarc::driver::{result, sys};
+use cudarc::driver::{CudaStream, result, sys};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -88,6 +89,7 @@ pub struct Nccl {
     api: &'static Api,
     device: Cuda<f32>,
     link: Arc<dyn Link>,
+    stream: Arc<CudaStream>,
     /// None once it is given up.
     communicator: Mutex<Option<Communicator>>,
 }
@@ -119,17 +121,20 @@ impl Nccl {
         // SAFETY: the GPU's context is this thread's; every worker does the same with the same id
         let made = unsafe { (api.init)(&raw mut communicator, workers, id, worker) };
         api.check(&format!("joining with cuda:{}", gpu.ordinal), made)?;
-        let this = Self { api, device: device.clone(), link, communicator: Mutex::new(Some(communicator)) };
-        let mut ones = Tensor::full(device, [1], 1.0); // [1]
-        this.all_reduce(vec![&mut ones])?;
-        match ones.item() {
-            sum if sum == f64::from(workers) => Ok(this),
-            sum => Err(Failed(format!("NCCL: the sum of {workers} ones is {sum}"))),
+        let stream = gpu.context.new_stream();
+        let stream = stream.map_err(|why| Failed(format!("cuda:{}: a second stream: {why}", gpu.ordinal)))?;
+        let communicator = Mutex::new(Some(communicator));
+        let this = Self { api, device: device.clone(), link, stream, communicator };
+        let ones = Tensor::full(device, [1], 1.0); // [1]
+        let sum = this.all_reduce(vec![ones])?.wait()?[0].item();
+        if sum != f64::from(workers) {
+            return Err(Failed(format!("NCCL: the sum of {workers} ones is {sum}")));
         }
+        Ok(this)
     }
 
-    /// Enqueues, with `call`, one operation in place for each of `places` (address and number of f32): as one group, for which NCCL
-    /// starts one kernel. A flat buffer would take a copy in and out, and as much memory again. Waits for the end.
+    /// Enqueues, with `call`, one operation in place for each of `places` (address and number of f32), behind all that the GPU has been
+    /// asked for: as one group, for which NCCL starts one kernel. A flat buffer would take a copy in and out, and as much memory again.
     fn group(
         &self,
         places: &[(u64, usize)],
@@ -138,46 +143,59 @@ impl Nccl {
         // when all have come, nobody's failure on the host can leave a GPU waiting
         self.link.exchange(Vec::new(), &mut |_| Vec::new())?;
         let gpu = gpu(&self.device);
-        let mut communicator = self.communicator.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let own = communicator.ok_or_else(|| Failed("NCCL was given up before".into()))?;
-        let _alone = gpu.alone();
-        gpu.enter();
-        let api = self.api;
-        // SAFETY: takes nothing
-        let mut code = unsafe { (api.begin)() };
-        for (i, &(address, len)) in places.iter().enumerate() {
-            if code == SUCCESS {
-                code = call(i, address as *mut c_void, len, own, gpu.stream.cu_stream());
+        self.with_communicator(|own| {
+            let _alone = gpu.alone();
+            gpu.enter();
+            let joined = self.stream.join(&gpu.stream);
+            joined.map_err(|why| Failed(format!("cuda:{}: between two streams: {why}", gpu.ordinal)))?;
+            let api = self.api;
+            // SAFETY: takes nothing
+            let mut code = unsafe { (api.begin)() };
+            for (i, &(address, len)) in places.iter().enumerate() {
+                if code == SUCCESS {
+                    code = call(i, address as *mut c_void, len, own, self.stream.cu_stream());
+                }
             }
-        }
-        // SAFETY: ends what has begun
-        let ended = unsafe { (api.end)() };
-        let done = api.check("starting", if code == SUCCESS { ended } else { code });
-        done.and_then(|()| self.wait(gpu, own)).inspect_err(|_| {
-            *communicator = None;
-            // SAFETY: the communicator is used for the last time; what it still waits for ends
-            unsafe { (api.abort)(own) };
+            // SAFETY: ends what has begun
+            let ended = unsafe { (api.end)() };
+            api.check("starting", if code == SUCCESS { ended } else { code })
         })
     }
 
-    /// Until the stream is empty, or somebody fails: a GPU that waits for another would wait for ever.
-    fn wait(&self, gpu: &Gpu, communicator: Communicator) -> Result<(), Failed> {
-        loop {
-            // SAFETY: the stream lives as long as the GPU
-            match unsafe { sys::cuStreamQuery(gpu.stream.cu_stream()) } {
-                sys::CUresult::CUDA_SUCCESS => return Ok(()),
-                sys::CUresult::CUDA_ERROR_NOT_READY => {}
-                error => return Err(Failed(format!("cuda:{}: {error:?}", gpu.ordinal))),
+    /// Until all groups are through, or somebody fails: a GPU that waits for another would wait for ever.
+    fn wait(&self) -> Result<(), Failed> {
+        let gpu = gpu(&self.device);
+        self.with_communicator(|own| {
+            gpu.enter();
+            loop {
+                // SAFETY: the stream lives as long as this
+                match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+                    sys::CUresult::CUDA_SUCCESS => return Ok(()),
+                    sys::CUresult::CUDA_ERROR_NOT_READY => {}
+                    error => return Err(Failed(format!("cuda:{}: {error:?}", gpu.ordinal))),
+                }
+                let mut state = SUCCESS;
+                // SAFETY: writes a number
+                self.api.check("asking", unsafe { (self.api.state)(own, &raw mut state) })?;
+                if state != IN_PROGRESS {
+                    self.api.check("between the GPUs", state)?;
+                }
+                self.link.failure().map_or(Ok(()), Err)?;
+                std::thread::yield_now();
             }
-            let mut state = SUCCESS;
-            // SAFETY: writes a number
-            self.api.check("asking", unsafe { (self.api.state)(communicator, &raw mut state) })?;
-            if state != IN_PROGRESS {
-                self.api.check("between the GPUs", state)?;
-            }
-            self.link.failure().map_or(Ok(()), Err)?;
-            std::thread::yield_now();
-        }
+        })
+    }
+
+    /// The `work`; if it fails, what NCCL still does is given up.
+    fn with_communicator(&self, work: impl FnOnce(Communicator) -> Result<(), Failed>) -> Result<(), Failed> {
+        let mut communicator = self.communicator.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let own = communicator.ok_or_else(|| Failed("NCCL was given up before".into()))?;
+        work(own).inspect_err(|_| {
+            *communicator = None;
+            // SAFETY: the communicator is used for the last time; what it still waits for ends
+            unsafe { (self.api.abort)(own) };
+            self.stream.synchronize().ok(); // nobody writes to the tensors any more
+        })
     }
 }
 
@@ -186,21 +204,23 @@ impl Collective<Cuda<f32>> for Nccl {
         &*self.link
     }
 
-    fn all_reduce(&self, tensors: Vec<&mut Tensor<Cuda<f32>>>) -> Result<(), Failed> {
-        let places: Vec<_> = tensors.into_iter().map(|x| (address(x), x.len())).collect();
+    fn all_reduce(&self, mut tensors: Vec<Tensor<Cuda<f32>>>) -> Result<Sums<'_, Cuda<f32>>, Failed> {
+        let places: Vec<_> = tensors.iter_mut().map(|x| (address(x), x.len())).collect();
         self.group(&places, |_, x, len, own, stream| {
-            // SAFETY: x is this GPU's and so long; the stream comes to it after what wrote it
+            // SAFETY: x is this GPU's and so long, and kept until the sum is there; the stream comes to it after what wrote it
             unsafe { (self.api.all_reduce)(x, x, len, FLOAT, SUM, own, stream) }
-        })
+        })?;
+        Ok(Sums::new(tensors, || self.wait()))
     }
 
     fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<Cuda<f32>>)>) -> Result<(), Failed> {
         let owners: Vec<c_int> = tensors.iter().map(|(owner, _)| *owner as c_int).collect();
         let places: Vec<_> = tensors.into_iter().map(|(_, x)| (address(x), x.len())).collect();
         self.group(&places, |i, x, len, own, stream| {
-            // SAFETY: as above
+            // SAFETY: as above, and waited for below
             unsafe { (self.api.broadcast)(x, x, len, FLOAT, owners[i], own, stream) }
-        })
+        })?;
+        self.wait()
     }
 }
 

@@ -3,13 +3,16 @@
 //!
 //! A worker is what MPI, NCCL and torchrun call a rank: that word is taken here. From below: [`Link`], which carries bytes between
 //! hosts (link.rs: threads of this process, or TCP), [`Collective`], which sums and hands out tensors ([`ThroughHost`] over any
-//! link, gpu/nccl.rs between GPUs), [`Division`] (who updates what). [`Alone`] is a single worker, whose tensors nothing touches.
+//! link, gpu/nccl.rs between GPUs), [`Buckets`] (gradients that are summed while others are still computed), [`Division`] (who updates
+//! what). [`Alone`] is a single worker, whose tensors nothing touches.
 //! Not here: what is exchanged when, which is the training loop's business.
 
+mod buckets;
 mod division;
 mod link;
 mod tcp;
 
+pub use buckets::Buckets;
 pub use division::{Division, even_runs};
 pub use link::{Failed, Link, threads};
 pub use tcp::tcp;
@@ -21,16 +24,45 @@ use std::sync::Arc;
 pub trait Collective<B: Backend>: Send + Sync {
     /// The way to the other workers' hosts.
     fn link(&self) -> &dyn Link;
-    /// Each tensor becomes its sum over the workers: the same bits for every worker.
+    /// Begins to sum each tensor over the workers; the sums have the same bits for every worker. A device may compute meanwhile.
     ///
     /// # Errors
     /// Another worker has failed, or the way to it.
-    fn all_reduce(&self, tensors: Vec<&mut Tensor<B>>) -> Result<(), Failed>;
+    fn all_reduce(&self, tensors: Vec<Tensor<B>>) -> Result<Sums<'_, B>, Failed>;
     /// Each tensor becomes that of the worker whose number stands beside it.
     ///
     /// # Errors
     /// As for [`Collective::all_reduce`].
     fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed>;
+}
+
+/// Tensors that are being summed. Those who drop it wait too: a device may still be writing to them.
+pub struct Sums<'a, B: Backend> {
+    tensors: Vec<Tensor<B>>,
+    /// Waits for the sums; None once that is done.
+    rest: Option<Box<dyn FnOnce() -> Result<(), Failed> + 'a>>,
+}
+
+impl<'a, B: Backend> Sums<'a, B> {
+    /// Those of `tensors`, which are there when `rest` returns.
+    pub(crate) fn new(tensors: Vec<Tensor<B>>, rest: impl FnOnce() -> Result<(), Failed> + 'a) -> Self {
+        Self { tensors, rest: Some(Box::new(rest)) }
+    }
+
+    /// The sums, in the order of the tensors.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`].
+    pub fn wait(mut self) -> Result<Vec<Tensor<B>>, Failed> {
+        self.rest.take().map_or(Ok(()), |rest| rest())?;
+        Ok(std::mem::take(&mut self.tensors))
+    }
+}
+
+impl<B: Backend> Drop for Sums<'_, B> {
+    fn drop(&mut self) {
+        self.rest.take().map(|rest| rest().ok());
+    }
 }
 
 /// The only worker.
@@ -61,8 +93,8 @@ impl<B: Backend> Collective<B> for Alone {
     fn link(&self) -> &dyn Link {
         self
     }
-    fn all_reduce(&self, _: Vec<&mut Tensor<B>>) -> Result<(), Failed> {
-        Ok(())
+    fn all_reduce(&self, tensors: Vec<Tensor<B>>) -> Result<Sums<'_, B>, Failed> {
+        Ok(Sums::new(tensors, || Ok(())))
     }
     fn broadcast(&self, _: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed> {
         Ok(())
@@ -78,7 +110,7 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
         &*self.0
     }
 
-    fn all_reduce(&self, tensors: Vec<&mut Tensor<B>>) -> Result<(), Failed> {
+    fn all_reduce(&self, tensors: Vec<Tensor<B>>) -> Result<Sums<'_, B>, Failed> {
         let mine = bytes(&tensors.iter().map(|x| x.to_vec()).collect::<Vec<_>>().concat());
         let add = &mut |parts: Vec<Vec<u8>>| {
             let mut parts = parts.iter();
@@ -90,10 +122,10 @@ impl<B: Backend<Elem = f32>> Collective<B> for ThroughHost {
         };
         let sums = self.0.exchange(mine, add)?;
         let mut sums = floats(&sums);
-        for x in tensors {
-            *x = Tensor::from_vec(x.device(), x.shape(), sums.by_ref().take(x.len()).collect()); // like x
-        }
-        Ok(())
+        let sum = |x: Tensor<B>| {
+            Tensor::from_vec(x.device(), x.shape(), sums.by_ref().take(x.len()).collect()) // like x
+        };
+        Ok(Sums::new(tensors.into_iter().map(sum).collect(), || Ok(())))
     }
 
     fn broadcast(&self, tensors: Vec<(usize, &mut Tensor<B>)>) -> Result<(), Failed> {

@@ -60,13 +60,17 @@ struct Graph {
 };
 struct Stream {
     Device* device;
-    std::atomic<bool> waiting; // for others to make the same calls of NCCL
-    Graph* captured;           // what is enqueued goes there
+    Graph* captured; // what is enqueued goes there
+    // Groups of NCCL's: how many wait for other workers to make the same calls, and the outcomes of others, which land when somebody asks
+    // how far the stream is.
+    size_t waiting = 0;
+    std::vector<std::function<void()>> outcomes = {};
+    size_t seen = 0; // calls of the device that it has waited for
 };
 static struct Device {
     size_t used;
     bool open[2]; // its memory, to the devices
-    Stream stream;
+    std::atomic<size_t> asked; // calls that enqueue, but for NCCL's
 } devices[2];
 
 static thread_local Device* context;
@@ -79,7 +83,8 @@ static const size_t TOTAL = BYTES ? strtoull(BYTES, 0, 10) : size_t(1) << 30;
 // Nothing here enqueues behind what waits for others: it could not be carried out at once. 900: not while the stream is captured.
 static int bad(const Stream* stream, bool may_be_captured = false) {
     if (!context) return 201;
-    if (stream != &context->stream) return 1;
+    if (stream->device != context) return 1;
+    context->asked++;
     return stream->waiting ? 600 : stream->captured && !may_be_captured ? 900 : 0;
 }
 
@@ -104,12 +109,19 @@ int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 int cuCtxSetCurrent(Device* c) { return context = c, 0; }
 int cuCtxGetCurrent(Device** c) { return *c = context, 0; }
 int cuCtxSynchronize() { return context ? 0 : 201; }
-int cuStreamCreate(const Stream** stream, unsigned) { return context ? (*stream = &context->stream, 0) : 201; }
-int cuStreamDestroy_v2(const Stream*) { return 0; }
-int cuStreamQuery(const Stream* stream) { return bad(stream); }
-int cuStreamSynchronize(const Stream* stream) {
-    while (stream->waiting) std::this_thread::yield();
-    return bad(stream);
+int cuStreamCreate(const Stream** stream, unsigned) { return context ? (*stream = new Stream{context}, 0) : 201; }
+int cuStreamDestroy_v2(const Stream* stream) { return delete stream, 0; }
+static std::mutex meeting; // of the workers of NCCL
+int cuStreamQuery(Stream* stream) {
+    if (!context || stream->captured) return context ? 900 : 201;
+    std::lock_guard<std::mutex> lock(meeting);
+    for (auto& outcome : stream->outcomes) outcome();
+    return stream->outcomes.clear(), stream->waiting ? 600 : 0;
+}
+int cuStreamSynchronize(Stream* stream) {
+    int code;
+    while ((code = cuStreamQuery(stream)) == 600) std::this_thread::yield();
+    return code;
 }
 int cuDeviceGetDefaultMemPool(Device** pool, int ordinal) { return *pool = &devices[ordinal], 0; }
 int cuMemPoolSetAttribute(const Device*, int which, const uint64_t* value) { return which != 4 || *value != UINT64_MAX; }
@@ -118,18 +130,25 @@ int cuMemPoolSetAccess(Device* pool, const int* access, size_t count) { // a dev
     if (count != 1 || access[0] != 1 || access[2] != 3 || pool == &devices[access[1]]) return 1;
     return pool->open[access[1]] = true, 0;
 }
-// An event is the number of the calls before it, and a call takes a millisecond.
+// An event is the number of the calls before it, and a call takes a millisecond. 2: it has no time.
+struct Event {
+    unsigned flags;
+    int calls;
+    size_t asked;
+};
 static std::atomic<int> calls;
-int cuEventCreate(int** event, unsigned flags) { return flags ? 1 : (*event = new int(-1), 0); }
-int cuEventDestroy_v2(int* event) { return delete event, 0; }
-int cuEventRecord(int* event, const Stream* stream) {
+int cuEventCreate(Event** event, unsigned flags) { return flags & ~2u ? 1 : (*event = new Event{flags, -1, 0}, 0); }
+int cuEventDestroy_v2(Event* event) { return delete event, 0; }
+int cuEventRecord(Event* event, const Stream* stream) {
     int code = bad(stream);
-    return code ? code : (*event = calls, 0);
+    return code ? code : (event->calls = calls, event->asked = context->asked, 0);
 }
-int cuEventSynchronize(const int* event) { return *event < 0; }
-int cuEventElapsedTime_v2(float* ms, const int* from, const int* to) {
-    return *from < 0 || *to < 0 ? 600 : (*ms = *to - *from, 0);
+int cuEventSynchronize(const Event* event) { return event->calls < 0; }
+int cuEventElapsedTime_v2(float* ms, const Event* from, const Event* to) {
+    if (from->flags || to->flags) return 1;
+    return from->calls < 0 || to->calls < 0 ? 600 : (*ms = to->calls - from->calls, 0);
 }
+int cuStreamWaitEvent(Stream* stream, const Event* event, unsigned) { return stream->captured ? 900 : (stream->seen = event->asked, 0); }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return context ? (*free = TOTAL - context->used, *total = TOTAL, 0) : 201;
 }
@@ -261,12 +280,12 @@ int cuGraphLaunch(Exec* exec, const Stream* stream) {
 
 // ---- libcublas, by columns: element (i, j) of a matrix lies at i + j·ld
 
-int cublasCreate_v2(Device** handle) { return *handle = context, !context; }
-int cublasDestroy_v2(const Device*) { return 0; }
-int cublasSetStream_v2(const Device* handle, const Stream* stream) { return stream != &handle->stream; }
+int cublasCreate_v2(const Stream*** handle) { return *handle = new const Stream*(), !context; }
+int cublasDestroy_v2(const Stream** handle) { return delete handle, 0; }
+int cublasSetStream_v2(const Stream** handle, const Stream* stream) { return *handle = stream, 0; }
 int cublasSetWorkspace_v2(const void*, void* memory, size_t bytes) { return !memory || bytes != 32 << 20; }
 int cublasSetMathMode(const void*, int mode) { return mode != 16; } // no sum of bf16 products in bf16
-int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
+int cublasGemmBatchedEx(const Stream* const* handle, int opa, int opb, int m, int n, int k, const float* alpha, const void* const* a, int at,
                         int lda, const void* const* b, int bt, int ldb, const float* beta, void* const* c, int ct, int ldc, int count,
                         int compute, int) {
     if (at != bt || compute != 68) return 7; // CUBLAS_COMPUTE_32F
@@ -277,7 +296,7 @@ int cublasGemmBatchedEx(const Device* handle, int opa, int opb, int m, int n, in
             code |= gemm_of(at, ct, opa == 1, opb == 1, m, n, k, factors, a[i], lda, b[i], ldb, factors + 1, c[i], ldc);
         return code;
     };
-    return enqueue(&handle->stream, products) ? 13 : 0;
+    return enqueue(*handle, products) ? 13 : 0;
 }
 
 // ---- libcublasLt: two algorithms, of which the second is faster, and the first is the one that the library would take
@@ -355,7 +374,7 @@ int nvrtcGetCUBIN(const void*, char* image) { return memcpy(image, "image", 5), 
 int nvrtcDestroyProgram(const void*) { return 0; }
 
 // ---- libnccl; 0 is success, 4 an invalid argument, 5 invalid usage. A worker's calls are carried out when its group has ended and the
-// others' too, by whoever comes last; until then its stream waits.
+// others' too, by whoever comes last; until then its stream waits. It must be a stream that has waited for all the device was asked for.
 
 struct Id {
     unsigned char bytes[128];
@@ -370,13 +389,12 @@ struct Team;
 struct Worker {
     Team* team;
     Device* device;
-    std::vector<Call> calls;
-    bool here;
+    Stream* stream;
+    std::vector<std::vector<Call>> groups; // not carried out
 };
 struct Team {
     std::map<int, Worker> workers;
 };
-static std::mutex meeting;
 static std::condition_variable joined;
 static thread_local bool grouped;
 static thread_local std::vector<Call> group;
@@ -395,7 +413,7 @@ int ncclCommInitRank(Worker** out, int count, Id id, int rank) {
         if (id.bytes[i] != (unsigned char)(i * 7 + id.bytes[0])) return 4;
     Team* team = &teams[std::string((char*)id.bytes, 128)];
     if (!context || rank < 0 || rank >= count || team->workers.count(rank)) return 5;
-    team->workers[rank] = {team, context, {}, false};
+    team->workers[rank] = {team, context, nullptr, {}};
     joined.notify_all();
     joined.wait(lock, [&] { return (int)team->workers.size() == count; });
     for (auto& a : team->workers)
@@ -404,15 +422,17 @@ int ncclCommInitRank(Worker** out, int count, Id id, int rank) {
     return *out = &team->workers[rank], 0;
 }
 int ncclGroupStart() { return grouped ? 5 : (grouped = true, grouper = nullptr, group.clear(), 0); }
-static int record(const void* in, float* x, size_t count, int type, Worker* worker, const Stream* stream, bool sum, int root) {
+static int record(const void* in, float* x, size_t count, int type, Worker* worker, Stream* stream, bool sum, int root) {
     const bool own = head((uint64_t)x)->device == context && head((uint64_t)x)->bytes >= 4 * count;
-    if (!grouped || type != 7 || in != x || bad(stream) || context != worker->device || !own) return 4;
+    if (!grouped || type != 7 || in != x || context != worker->device || stream->device != context || !own) return 4;
+    if (stream->captured || stream->seen != context->asked || (worker->stream && worker->stream != stream)) return 4;
+    worker->stream = stream;
     return grouper = worker, group.push_back({sum, x, count, root}), 0;
 }
-int ncclAllReduce(const void* in, float* x, size_t count, int type, int op, Worker* worker, const Stream* stream) {
+int ncclAllReduce(const void* in, float* x, size_t count, int type, int op, Worker* worker, Stream* stream) {
     return op ? 4 : record(in, x, count, type, worker, stream, true, 0);
 }
-int ncclBroadcast(const void* in, float* x, size_t count, int type, int root, Worker* worker, const Stream* stream) {
+int ncclBroadcast(const void* in, float* x, size_t count, int type, int root, Worker* worker, Stream* stream) {
     return record(in, x, count, type, worker, stream, false, root);
 }
 int ncclGroupEnd() {
@@ -420,32 +440,40 @@ int ncclGroupEnd() {
     grouped = false;
     if (!grouper) return 0;
     std::lock_guard<std::mutex> lock(meeting);
-    grouper->calls = group;
-    grouper->here = true;
-    grouper->device->stream.waiting = true;
+    grouper->groups.push_back(group);
+    grouper->stream->waiting++;
     auto& workers = grouper->team->workers;
     for (auto& w : workers)
-        if (!w.second.here) return 0;
-    for (size_t i = 0; i < group.size(); i++) {
-        const Call& call = group[i];
+        if (w.second.groups.empty()) return 0;
+    const size_t calls = workers.begin()->second.groups[0].size();
+    std::vector<std::vector<float>> results;
+    for (size_t i = 0; i < calls; i++) {
+        const Call& call = workers.begin()->second.groups[0][i];
         std::vector<float> result(call.count);
         for (auto& w : workers) {
-            const Call& other = w.second.calls.at(i);
-            if (other.sum != call.sum || other.count != call.count || other.root != call.root) return 5;
+            const Call& other = w.second.groups[0].at(i);
+            if (other.sum != call.sum || other.count != call.count || other.root != call.root || w.second.groups[0].size() != calls) return 5;
             for (size_t j = 0; j < call.count; j++) {
                 if (call.sum) result[j] += other.x[j];
                 else if (w.first == call.root) result[j] = other.x[j];
             }
         }
-        for (auto& w : workers) std::copy(result.begin(), result.end(), w.second.calls[i].x);
+        results.push_back(result);
     }
-    for (auto& w : workers) w.second.here = false, w.second.device->stream.waiting = false;
+    for (auto& w : workers) {
+        w.second.stream->outcomes.push_back([results, own = w.second.groups[0]] {
+            for (size_t i = 0; i < own.size(); i++) std::copy(results[i].begin(), results[i].end(), own[i].x);
+        });
+        w.second.stream->waiting--;
+        w.second.groups.erase(w.second.groups.begin());
+    }
     return 0;
 }
 int ncclCommGetAsyncError(Worker*, int* code) { return *code = 0, 0; }
 int ncclCommAbort(Worker* worker) {
     std::lock_guard<std::mutex> lock(meeting);
-    return worker->here = false, worker->device->stream.waiting = false, 0;
+    if (worker->stream) worker->stream->waiting = 0, worker->stream->outcomes.clear();
+    return worker->groups.clear(), 0;
 }
 const char* ncclGetErrorString(int code) { return code == 4 ? "invalid argument" : "invalid usage"; }
 

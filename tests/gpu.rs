@@ -18,7 +18,7 @@ use rankgrad::lowrank::{
     newton_schulz, spectral_norm_estimate,
 };
 #[cfg(feature = "cuda")]
-use rankgrad::parallel::{Alone, Collective, Failed, Link, threads};
+use rankgrad::parallel::{Alone, Collective, Failed, Link, Sums, threads};
 use rankgrad::tensor::{
     Accum, AdamWStep, AdamWUpdate, Attention, Backend, Bf16, Binary, Columns, Cpu, Element, Mat, Tensor,
     Unary,
@@ -1032,11 +1032,16 @@ fn two_gpus() {
         let k = link.worker();
         let gpu = Cuda::open(k).unwrap();
         let nccl = Nccl::join(&gpu, link.clone()).unwrap();
-        let [mut x, mut y] = own(&gpu, k); // [50, 7], [3]
-        let before = x.clone(); // [50, 7]
-        nccl.all_reduce(vec![&mut x, &mut y]).unwrap();
-        assert_eq!(before.to_vec(), own(&gpu, k)[0].to_vec(), "who shares a buffer keeps it as it was");
-        let sums = [x, y].map(|x| x.to_f64());
+        let [x, y] = own(&gpu, k); // [50, 7], [3]
+        let (before, other) = (x.clone(), x.scale(2.0)); // [50, 7] × 2
+        let first = nccl.all_reduce(vec![x, y]).unwrap();
+        // more of them, and other work of the GPU's, before the first is waited for
+        let second = nccl.all_reduce(vec![other.scale(0.5)]).unwrap(); // [50, 7]
+        drop(nccl.all_reduce(vec![other.scale(3.0)]).unwrap()); // [50, 7]: nobody wants to know
+        assert_eq!(before.scale(2.0).to_vec(), other.to_vec(), "who shares a buffer keeps it as it was");
+        let (first, second) = (first.wait().unwrap(), second.wait().unwrap()); // [50, 7], [3]; [50, 7]
+        assert_eq!(first[0].to_vec(), second[0].to_vec());
+        let sums: Vec<_> = first.iter().map(Tensor::to_f64).collect();
         let [mut x, mut y] = own(&gpu, k); // [50, 7], [3]
         nccl.broadcast(vec![(1, &mut x), (0, &mut y)]).unwrap();
         let handed_out = [x, y].map(|x| x.to_f64());
@@ -1045,9 +1050,9 @@ fn two_gpus() {
             link.exchange(vec![], &mut |_| vec![]).unwrap();
             link.fail("lost");
         } else {
-            let [mut x, _] = own(&gpu, k); // [50, 7]
+            let [x, _] = own(&gpu, k); // [50, 7]
             for _ in 0..2 {
-                let why = nccl.all_reduce(vec![&mut x]).unwrap_err();
+                let why = nccl.all_reduce(vec![x.clone()]).and_then(Sums::wait).unwrap_err();
                 assert_eq!(why, Failed("worker 1 failed: lost".into()));
             }
         }
@@ -1061,7 +1066,7 @@ fn two_gpus() {
     let [[x0, y0], [x1, y1]] = [0, 1].map(|k| own(&Cpu::<f32>::default(), k));
     let sums = [x0.add(&x1).to_f64(), y0.add(&y1).to_f64()];
     for (sum, handed_out) in &results {
-        assert_eq!(sum, &sums);
+        assert_eq!(sum[..], sums);
         assert_eq!(handed_out, &[x1.to_f64(), y0.to_f64()]);
     }
 }
@@ -1078,10 +1083,10 @@ fn nccl_on_one_gpu() {
         Err(Failed(why)) if why.starts_with("libnccl") => println!("skipped: {why}"),
         nccl => {
             let nccl = nccl.unwrap();
-            let [mut x, mut y] = own(&gpu, 0); // [50, 7], [3]
-            nccl.all_reduce(vec![&mut x, &mut y]).unwrap();
-            nccl.broadcast(vec![(0, &mut x), (0, &mut y)]).unwrap();
-            for (x, y) in [x, y].iter().zip(own(&Cpu::<f32>::default(), 0)) {
+            let sums = nccl.all_reduce(own(&gpu, 0).into()).unwrap();
+            let mut sums = sums.wait().unwrap(); // [50, 7], [3]
+            nccl.broadcast(sums.iter_mut().map(|x| (0, x)).collect()).unwrap();
+            for (x, y) in sums.iter().zip(own(&Cpu::<f32>::default(), 0)) {
                 assert_eq!(x.to_f64(), y.to_f64());
             }
         }

@@ -891,6 +891,47 @@ fn a_gradient_of_another_shape_is_refused() {
     v.sum().backward_onto([(v.id(), wrong)]);
 }
 
+/// Each gradient is given away as soon as it is complete, while earlier ops are still to come: those of the last ops first, and none with
+/// something missing.
+#[test]
+fn a_gradient_is_complete_once_its_first_op_is_through() {
+    let cpu = Cpu::<f64>::default();
+    let [w, v] = [1, 2].map(|k| Tensor::from_fn(&cpu, [3, 3], |i| ((i * 5 + k) % 7) as f64 - 3.0)); // [3, 3] × 2
+    let gain = Tensor::from_fn(&cpu, [3], |i| i as f64 + 1.0); // [3]
+    let run = |early: bool| {
+        let tape = Tape::new(&cpu);
+        let [unused, w, v, g] = [&gain, &w, &v, &gain].map(|x| tape.leaf(x));
+        let x = tape.constant(&gain.reshape([1, 3])); // [1, 3]
+        let y = x.linear(w).add_bias(g).linear(v).linear(w); // [1, 3]: w first and last
+        let loss = (y * y).sum(); // [1]
+        let before = [unused, w].map(|leaf| (leaf.id(), leaf.value()));
+        let mut given = Vec::new();
+        let mut grads = loss.backward_with(before, |grads, leaf| {
+            if early {
+                given.push((leaf, grads.take(leaf, &cpu)));
+            }
+        });
+        let order: Vec<_> = given.iter().map(|(leaf, _)| *leaf).collect();
+        assert!(!early || order == [unused, v, g, w].map(|leaf| leaf.id()));
+        given.into_iter().for_each(|(leaf, gradient)| grads.put(leaf, gradient));
+        [unused, w, v, g].map(|leaf| grads.get(leaf).expect("there").to_vec())
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
+#[should_panic(expected = "gradient: an op adds to a leaf that is none of its inputs")]
+fn an_op_that_hides_an_input_is_found() {
+    let cpu = Cpu::<f64>::default();
+    let tape = Tape::new(&cpu);
+    let [x, y] = [0, 1].map(|_| tape.leaf(&Tensor::full(&cpu, [1], 1.0))); // [1] × 2
+    let hidden = x.id();
+    let op = tape.record("hides", &[y], x.value(), move |dy, grads| grads.add(hidden, dy)); // [1]
+    let mut taken = Vec::new();
+    let mut grads = op.sum().backward_with([], |grads, leaf| taken.push((leaf, grads.take(leaf, &cpu))));
+    taken.into_iter().for_each(|(leaf, gradient)| grads.put(leaf, gradient));
+}
+
 #[test]
 fn gradients_stop_at_detach() {
     let cpu = Cpu::<f64>::default();

@@ -9,12 +9,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rankgrad::autograd::{NonFinite, OpTime, Tape};
+use rankgrad::autograd::{NonFinite, OpTime, Tape, VarId};
 use rankgrad::lowrank::{
     Accuracy, AdamW, FactorPair, Leaves, MatrixTelemetry, Optimizer, Params, Rule, ScheduleKind, StepReport,
     Values, clip_global_norm, matrix_telemetry, pair_telemetry,
 };
-use rankgrad::parallel::{Collective, Division, Failed, Link};
+use rankgrad::parallel::{Buckets, Collective, Division, Failed, Link};
 use rankgrad::tensor::{Backend, Cpu, Tensor};
 use rayon::prelude::*;
 
@@ -38,6 +38,8 @@ pub struct Trainer<B: Backend = Cpu<f32>> {
     lane: Lane<B>,
     together: Together<B>,
     division: Division,
+    /// Of a bucket of gradients ([`Buckets`]).
+    bucket: usize,
     /// Time by op, summed over steps and lanes; None: it is not taken.
     pub op_times: Option<OpTimes>,
 }
@@ -106,21 +108,34 @@ struct Pass<G> {
 }
 
 /// Some rows of a batch.
-struct Part<'a> {
+struct Part<'a, B: Backend> {
     batch: &'a Batch,
     rows: Range<usize>,
     /// For how much of the step the whole batch counts.
     share: f64,
     /// Whether the time of each op is asked for.
     timed: bool,
+    /// Where gradients go, to be summed over the workers, as soon as they are complete: if these are the last rows of the step.
+    buckets: Option<Gradients<'a, B>>,
 }
+
+/// On their way between the workers, by leaf.
+type Gradients<'a, B> = Buckets<'a, B, VarId>;
 
 /// Gradients so far, as the tape has them; None: nothing yet.
 type Sum<B> = Option<Leaves<<B as Backend>::Wide>>;
 /// [`lane`] on a device, with the parameters of one step, in the device's precision.
 type LaneOf<'a, B> =
-    Box<dyn Fn(&Model<B>, Part, Sum<B>) -> std::result::Result<Pass<Sum<B>>, Option<NonFinite>> + Sync + 'a>;
+    Box<dyn Fn(&Model<B>, Part<B>, Sum<B>) -> std::result::Result<Pass<Sum<B>>, Stop> + Sync + 'a>;
 type Lane<B> = Box<dyn for<'a> Fn(&Model<B>, &'a Params<B>) -> LaneOf<'a, B> + Send + Sync>;
+
+/// Why a lane has no gradients.
+enum Stop {
+    /// A loss is not finite: the first op that was not.
+    NotFinite(Option<NonFinite>),
+    /// Another worker has failed.
+    Failed(Failed),
+}
 
 /// Forward and backward over a part of a batch, on top of the gradients `before`.
 ///
@@ -128,18 +143,20 @@ type Lane<B> = Box<dyn for<'a> Fn(&Model<B>, &'a Params<B>) -> LaneOf<'a, B> + S
 /// overflows that would not there, and no loss is scaled.
 ///
 /// # Errors
-/// A loss that is not finite: the first op that was not.
+/// A loss that is not finite; it has gone on to the end all the same, since other workers wait for its gradients. Another worker that has
+/// failed.
 fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
     leaves: &Leaves<C>,
     model: &Model<B>,
-    Part { batch, rows, share, timed }: Part,
+    Part { batch, rows, share, timed, mut buckets }: Part<B>,
     mut sum: Sum<B>,
-) -> std::result::Result<Pass<Sum<B>>, Option<NonFinite>> {
+) -> std::result::Result<Pass<Sum<B>>, Stop> {
     let (device, len) = (leaves.device(), batch.inputs.len() / batch.rows);
     let at_once = if C::ASYNCHRONOUS { batch.rows } else { (TOKENS / len).max(1) };
     let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
     let mut loss = 0.0;
     let mut op_times = OpTimes::new();
+    let (mut bad, last) = (None, rows.end);
     for row in rows.clone().step_by(at_once) {
         let start = Instant::now();
         let rows = row..rows.end.min(row + at_once);
@@ -153,17 +170,27 @@ fn lane<B: Backend, C: Backend<Wide = B::Wide>>(
 
         let start = Instant::now();
         let before = sum.take().into_iter().flat_map(|sum| w.pair_up(sum));
-        sum = Some(w.leaf_gradients(part.backward_onto(before)));
+        let mut buckets = buckets.take_if(|_| rows.end == last);
+        let mut grads = part.backward_with(before, |grads, leaf| {
+            if let Some(buckets) = &mut buckets {
+                buckets.add(leaf, grads.take(leaf, device));
+            }
+        });
         let value = share * exact.item(); // not before: a GPU would be waited for
         backward += start.elapsed();
-        if !value.is_finite() {
+        if let Some(buckets) = buckets {
+            buckets.finish(|leaf, sum| grads.put(leaf, sum)).map_err(Stop::Failed)?;
+        }
+        sum = Some(w.leaf_gradients(grads));
+        if !value.is_finite() && bad.is_none() {
             let tape = Tape::keeping(device); // once more, to see all values
             model.loss(&leaves.on(&tape), inputs, targets, rows.len(), share); // [1]
-            return Err(tape.first_non_finite());
+            bad = Some(tape.first_non_finite());
         }
         loss += value;
         add_times(&mut op_times, tape.times());
     }
+    bad.map_or(Ok(()), |first| Err(Stop::NotFinite(first)))?;
     Ok(Pass { loss, grads: sum, forward, backward, op_times })
 }
 
@@ -199,7 +226,8 @@ impl<B: Backend> Trainer<B> {
         let division = division(config, &params, workers);
         let optimizer = optimizer(config, &params, &division, worker);
         let (device, config, lane) = (device.clone(), config.clone(), lane_on(device.clone()));
-        Self { device, config, model, params, optimizer, lane, together, division, op_times: None }
+        let (bucket, op_times) = (Gradients::<B>::BYTES, None);
+        Self { device, config, model, params, optimizer, lane, together, division, bucket, op_times }
     }
 
     /// With forward and backward on `device`, in its precision. Parameters, gradients from there on, and the optimizer stay as
@@ -221,9 +249,17 @@ impl<B: Backend> Trainer<B> {
     /// been updated then. Another worker that has failed.
     pub fn step(&mut self, micro_batches: &[Batch], factor: f64) -> std::result::Result<Step, Halt> {
         let own = self.gradients(micro_batches);
-        let loss = self.agreed(own.as_ref().map(|pass| pass.loss).map_err(|why| why.to_string()))?;
-        let Pass { mut grads, forward, backward, .. } = own.map_err(Halt::Diverged)?;
-        self.together.all_reduce(grads.tensors_mut().collect())?;
+        let said = match &own {
+            Ok((pass, _)) => Ok(pass.loss),
+            Err(Halt::Diverged(why)) => Err(why.to_string()),
+            Err(Halt::Failed(why)) => return Err(why.clone().into()),
+        };
+        let loss = self.agreed(said)?;
+        let (Pass { mut grads, forward, backward, .. }, summed) = own?;
+        if !summed {
+            let sums = self.together.all_reduce(grads.tensors().cloned().collect())?.wait()?; // like each
+            grads.tensors_mut().zip(sums).for_each(|(gradient, sum)| *gradient = sum);
+        }
         let max_norm = if self.config.clip > 0.0 { self.config.clip } else { f64::INFINITY };
         let grad_norm = clip_global_norm(&mut grads, max_norm);
         if !grad_norm.is_finite() {
@@ -256,17 +292,19 @@ impl<B: Backend> Trainer<B> {
         }
     }
 
-    /// Loss and gradients of this worker's rows, as parts of the means over all rows of all micro-batches.
+    /// Loss and gradients of this worker's rows, as parts of the means over all rows of all micro-batches; whether the gradients are summed
+    /// over the workers already.
     ///
     /// # Errors
-    /// A loss that is not finite, as for [`Trainer::step`].
-    fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Pass<Values<B>>> {
+    /// As for [`Trainer::step`].
+    fn gradients(&mut self, micro_batches: &[Batch]) -> std::result::Result<(Pass<Values<B>>, bool), Halt> {
         let (mut forward, mut backward) = (Duration::ZERO, Duration::ZERO);
         let mut loss = 0.0;
         let mut sums: Vec<Sum<B>> = Vec::new(); // of each lane
         let on_params = (self.lane)(&self.model, &self.params);
         let share = 1.0 / micro_batches.len() as f64;
         let (worker, workers) = (self.link().worker(), self.link().workers());
+        let (mut summed, mut bad) = (false, None);
         for (i, batch) in micro_batches.iter().enumerate() {
             if let Matrices::Guided { skip } = entry::<B>(self.config.method).matrices {
                 let guides = self.model.guides.len();
@@ -279,9 +317,12 @@ impl<B: Backend> Trainer<B> {
             let lanes = if B::ASYNCHRONOUS || long { 1 } else { own.len().min(LANES) };
             let timed = self.op_times.is_some();
             sums.resize_with(lanes, || None);
+            // several lanes are added up first
+            summed = workers > 1 && lanes == 1 && i + 1 == micro_batches.len();
             let lane = |(i, before): (usize, Sum<B>)| {
                 let rows = own.start + own.len() * i / lanes..own.start + own.len() * (i + 1) / lanes;
-                on_params(&self.model, Part { batch, rows, share, timed }, before)
+                let buckets = summed.then(|| Buckets::new(&self.device, &*self.together, self.bucket));
+                on_params(&self.model, Part { batch, rows, share, timed, buckets }, before)
             };
             let before: Vec<_> = std::mem::take(&mut sums).into_iter().enumerate().collect();
             let passes: Vec<_> = match lanes {
@@ -290,7 +331,14 @@ impl<B: Backend> Trainer<B> {
             };
             let (mut first, mut second) = (Duration::ZERO, Duration::ZERO);
             for pass in passes {
-                let pass = pass.map_err(|origin| self.not_finite("loss", origin))?;
+                let pass = match pass {
+                    Ok(pass) => pass,
+                    Err(Stop::Failed(why)) => return Err(why.into()),
+                    Err(Stop::NotFinite(first)) => {
+                        bad.get_or_insert(first); // on to the last: the other workers wait for its gradients
+                        continue;
+                    }
+                };
                 loss += pass.loss;
                 first += pass.forward;
                 second += pass.backward;
@@ -299,17 +347,23 @@ impl<B: Backend> Trainer<B> {
                 }
                 sums.push(pass.grads);
             }
+            if bad.is_some() {
+                continue;
+            }
             // lanes run side by side: the time that went by, in the proportion of what they took
             let wall = start.elapsed();
             let part = wall.mul_f64(first.as_secs_f64() / (first + second).as_secs_f64());
             forward += part;
             backward += wall - part;
         }
+        if let Some(first) = bad {
+            return Err(Halt::Diverged(self.not_finite("loss", first)));
+        }
         let values = |sum: Leaves<B::Wide>| sum.cast(&self.device).values();
         let mut sums = sums.into_iter().flatten().map(values);
         let mut grads = sums.next().expect("a step has at least one batch");
         sums.for_each(|sum| grads.add_scaled(1.0, &sum));
-        Ok(Pass { loss, grads, forward, backward, op_times: OpTimes::new() })
+        Ok((Pass { loss, grads, forward, backward, op_times: OpTimes::new() }, summed))
     }
 
     /// The blocks' matrices, for [`Trainer::telemetry`] after a step. Costs nothing until the step writes to them.
@@ -947,7 +1001,7 @@ mod tests {
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let rates_of = match method {
             Method::SpectronCertified => Method::Spectron,
-            Method::SelfGuided => Method::Adamw,
+            Method::SelfGuided | Method::SelfGuidedCheap => Method::Adamw,
             other => other,
         };
         // clipped, so that the scale of the gradients, to which Spectron and AdamW are blind, shows in the update too
@@ -982,6 +1036,22 @@ mod tests {
                 assert!(error < tolerance, "{method:?} by {workers}: {error:e}");
                 assert!(all.iter().all(|one| *one == all[0]), "{method:?}: all have the same bits");
             }
+        }
+    }
+
+    /// Four workers have a row and so a lane each: gradients are summed as they come, in buckets of one tensor, of some, or all at the end,
+    /// to the same bits. (Two workers have two lanes, whose sum is summed.)
+    #[test]
+    fn buckets_change_no_bit() {
+        // guides are left out of some micro-batches, also of a step's last
+        for method in [Method::Spectron, Method::SelfGuidedCheap] {
+            let config = divided(method);
+            let by = |bucket: usize| {
+                let new = |it| OnCpu { bucket, ..Trainer::new(&Cpu::default(), it, &config) };
+                each(4, new, |it| course(it, 0..4)).remove(0)
+            };
+            let at_the_end = by(usize::MAX);
+            assert!([1, 1 << 12].map(by) == [at_the_end.clone(), at_the_end], "{method:?}");
         }
     }
 
@@ -1048,6 +1118,39 @@ mod tests {
             |trainer| match trainer.step(&[batch(&trainer.config, 0)], 1.0) {
                 Err(Halt::Diverged(why)) => why.to_string(),
                 _ => panic!("it went on"),
+            },
+        );
+        assert!(
+            ends[0].starts_with("step 1: the loss is not finite; the first such value is in the parameter")
+        );
+        assert!(ends.iter().all(|end| *end == ends[0]), "{ends:?}");
+    }
+
+    /// Who has no loss in a step's first micro-batch has gradients of the last all the same, since others wait for them.
+    #[test]
+    fn a_loss_that_is_not_finite_early_in_a_step_keeps_nobody_waiting() {
+        let config = divided(Method::Spectron);
+        let below_five = |step| {
+            let Batch { inputs, targets, rows } = batch(&config, step);
+            Batch { inputs: inputs.into_iter().map(|token| token % 5).collect(), targets, rows }
+        };
+        let ends = each(
+            4,
+            |it| start_with(&Cpu::default(), it, &config),
+            |trainer| {
+                let mut batches = [below_five(0), below_five(1)];
+                if trainer.link().worker() == 2 {
+                    batches[0].inputs[2 * config.context] = 5; // the token without a vector, in the third row
+                    let at = trainer.params.dense_names.iter().position(|name| name == "embedding").unwrap();
+                    let embed = &mut trainer.params.values.dense[at];
+                    let mut values = embed.to_vec();
+                    values[5 * config.dim] = f32::NAN;
+                    *embed = Tensor::from_vec(&Cpu::default(), embed.shape(), values); // [vocab, dim]
+                }
+                match trainer.step(&batches, 1.0) {
+                    Err(Halt::Diverged(why)) => why.to_string(),
+                    _ => panic!("it went on"),
+                }
             },
         );
         assert!(
