@@ -44,13 +44,6 @@ pub struct Var<'t, B: Backend> {
     id: VarId,
 }
 
-impl<B: Backend> Clone for Var<'_, B> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<B: Backend> Copy for Var<'_, B> {}
-
 /// A variable's place on its tape: what a backward closure keeps of its inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VarId(usize);
@@ -65,11 +58,6 @@ impl<B: Backend> Tape<B> {
             keeps: false,
             clock: Clock::default(),
         }
-    }
-
-    /// The device of the tape's tensors.
-    pub fn device(&self) -> &B {
-        &self.device
     }
 
     /// An input whose gradient is wanted.
@@ -146,11 +134,6 @@ impl<'t, B: Backend> Var<'t, B> {
     /// Where gradients for this variable go.
     pub fn id(self) -> VarId {
         self.id
-    }
-
-    /// The tape it is on.
-    pub fn tape(self) -> &'t Tape<B> {
-        self.tape
     }
 
     /// Whether a gradient will be asked for: it is a leaf, or depends on one.
@@ -375,7 +358,19 @@ fn or_scratch<B: Backend>(sum: Option<Tensor<B>>, device: &B, shape: Shape) -> (
     }
 }
 
-impl<B: Backend> Var<'_, B> {
+impl<B: Backend> Clone for Var<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Var<'_, B> {}
+
+impl<'t, B: Backend> Var<'t, B> {
+    /// The tape it is on.
+    pub fn tape(self) -> &'t Tape<B> {
+        self.tape
+    }
+
     /// Gives the value back, which then nobody can ask for any more. Without this it lives as long as its node, whether a derivative
     /// needs it or not (those that do have it themselves, and keep it). A tape from [`Tape::keeping`] forgets nothing.
     pub fn forget(self) {
@@ -386,6 +381,11 @@ impl<B: Backend> Var<'_, B> {
 }
 
 impl<B: Backend> Tape<B> {
+    /// The device of the tape's tensors.
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
     /// Appends an op that has no derivative. A gradient that reaches it panics, rather than being dropped in silence.
     #[track_caller]
     pub fn record_opaque(&self, op: &'static str, inputs: &[Var<'_, B>], value: Tensor<B>) -> Var<'_, B> {

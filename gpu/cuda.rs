@@ -1,7 +1,7 @@
 //! The executor on a real GPU, through cudarc: one context, one stream, memory from the driver's own pool and then kept, kernels
 //! compiled by NVRTC, products by cuBLAS (plans.rs).
 //!
-//! Everything is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
+//! Everything but NCCL's work (nccl.rs) is enqueued on the one stream, from whichever thread: so the order of calls is the order of effects, and memory
 //! may be given to others as soon as the last launch that uses it has been asked for. With CUDA graphs what is asked for is written down
 //! first (graphs.rs), in the same order.
 
