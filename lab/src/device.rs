@@ -174,7 +174,7 @@ pub fn open(device: Device, precision: Precision) -> Result<Opened> {
         #[cfg(feature = "cuda")]
         (Opened::Cuda(gpu) | Opened::Mixed(gpu), _) => Ok(Opened::Mixed(gpu)),
         (Opened::Cpu(_), _) => Err(Error::new(
-            "precision is bf16, in which only GPUs compute: add --device cuda, or train a new run with --precision f32",
+            "precision is bf16, in which only GPUs compute: add --device cuda, or take f32 (a run keeps the precision that it began with)",
         )),
     }
 }
@@ -309,7 +309,7 @@ fn has_bf16(device: Device) -> Result<()> {
     };
     match rankgrad::gpu::devices().ok().and_then(|all| all.get(ordinal)) {
         Some(old) if !old.has_bf16() => Err(Error::new(format!(
-            "precision is bf16, for which {old} is too old (8.0 is needed): train a new run with --precision f32"
+            "precision is bf16, for which {old} is too old (8.0 is needed): take f32 (a run keeps the precision that it began with)"
         ))),
         _ => Ok(()),
     }

@@ -34,9 +34,10 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let corpus =
         corpus(&config, &checkpoint.tokenizer_or(args.tokenizer.as_deref())?, &args.data, &args.val_data)?;
     let (val_loss, tokens) = crate::pool(args.threads)?.install(|| {
-        on_device!(device::open(args.on.device, Precision::F32)?, |device| {
+        let precision = if args.bf16 { Precision::Bf16 } else { Precision::F32 };
+        on_device!(device::open(args.on.device, precision)?, |device, compute| {
             let (model, params) = load_model(&device, checkpoint)?;
-            Ok::<_, Error>(validate(&config, &model, &params, &corpus, args.batches))
+            Ok::<_, Error>(validate(compute, &config, &model, &params, &corpus, args.batches))
         })
     })?;
     let evaluation = Evaluation { val_loss, val_bits_per_byte: corpus.bits_per_byte(val_loss), tokens };

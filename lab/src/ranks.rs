@@ -198,7 +198,7 @@ fn compare(corpus: Option<Corpus>, models: [(&Config, &Params<B>); 2]) {
     let Some(corpus) = corpus else { return };
     let [before, after] = models.map(|(config, params)| {
         let (model, _) = crate::model::Model::blank(&B::default(), config);
-        validate(config, &model, params, &corpus, 0).0
+        validate(B::default(), config, &model, params, &corpus, 0).0
     });
     crate::say!("data: {}", corpus.summary);
     crate::say!("validation loss {before:.4} nats per token before, {after:.4} after");

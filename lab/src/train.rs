@@ -346,10 +346,10 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
         }
     }
 
-    /// Validates on the whole split and writes final.json.
+    /// Validates on the whole split, in f32, so that it can be compared with whatever else was trained, and writes final.json.
     fn finish(&mut self) -> Result<End> {
         let config = self.config;
-        let val_loss = self.trainer.validate(self.corpus, 0)?;
+        let val_loss = self.trainer.validate_exactly(self.corpus, 0)?;
         if !val_loss.is_finite() {
             let step = config.steps as u64;
             let reason = format!("step {step}: after its update the validation loss is not finite");

@@ -36,6 +36,8 @@ pub struct Trainer<B: Backend = Cpu<f32>> {
     optimizer: Optimizer<B, PairRule<B>>,
     /// Forward and backward, in the precision that they have.
     lane: Lane<B>,
+    /// A sum of losses in that precision.
+    losses: Losses<B>,
     together: Together<B>,
     division: Division,
     /// Of a bucket of gradients ([`Buckets`]).
@@ -225,15 +227,16 @@ impl<B: Backend> Trainer<B> {
         let (worker, workers) = (together.link().worker(), together.link().workers());
         let division = division(config, &params, workers);
         let optimizer = optimizer(config, &params, &division, worker);
-        let (device, config, lane) = (device.clone(), config.clone(), lane_on(device.clone()));
+        let (device, config) = (device.clone(), config.clone());
+        let (lane, losses) = (lane_on(device.clone()), losses_on(device.clone()));
         let (bucket, op_times) = (Gradients::<B>::BYTES, None);
-        Self { device, config, model, params, optimizer, lane, together, division, bucket, op_times }
+        Self { device, config, model, params, optimizer, lane, losses, together, division, bucket, op_times }
     }
 
-    /// With forward and backward on `device`, in its precision. Parameters, gradients from there on, and the optimizer stay as
-    /// they are, and so checkpoints and validation.
+    /// With forward, backward and [`Trainer::validate`] on `device`, in its precision. Parameters, gradients from there on, and the
+    /// optimizer stay as they are, and so checkpoints.
     pub fn computing_on<C: Backend<Wide = B::Wide>>(self, device: C) -> Self {
-        Self { lane: lane_on(device), ..self }
+        Self { lane: lane_on(device.clone()), losses: losses_on(device), ..self }
     }
 
     /// The way to the other workers.
@@ -449,49 +452,66 @@ impl<B: Backend> Trainer<B> {
         Error::new(format!("step {}: {what}", self.steps() + 1))
     }
 
-    /// As [`validate`], of the model as it stands. Of all workers: each takes every so many batches.
+    /// As [`validate`], of the model as it stands, in the precision of forward and backward. Of all workers: each takes every so many
+    /// batches.
     ///
     /// # Errors
     /// Another worker that has failed.
     pub fn validate(&self, corpus: &Corpus, limit: usize) -> Result<f64> {
+        self.validate_by(&self.losses, corpus, limit)
+    }
+
+    /// As [`Trainer::validate`], in the precision of the parameters.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn validate_exactly(&self, corpus: &Corpus, limit: usize) -> Result<f64> {
+        self.validate_by(&losses_on(self.device.clone()), corpus, limit)
+    }
+
+    fn validate_by(&self, losses: &Losses<B>, corpus: &Corpus, limit: usize) -> Result<f64> {
         let Config { batch, context, .. } = self.config;
         let batches = corpus.validation_batches(batch, context, limit);
-        let own = batches.skip(self.link().worker()).step_by(self.link().workers());
-        let (sum, tokens) = sum_of_losses(&self.model, &self.params, own);
+        let mut own = batches.skip(self.link().worker()).step_by(self.link().workers());
+        let (sum, tokens) = losses(&self.model, &self.params, &mut own);
         let [sum, tokens] = self.link().sums([sum, tokens as f64])?;
         Ok(sum / tokens)
     }
 }
 
-/// Mean loss in nats per token over validation batches (`limit` 0: the whole split), and the tokens it is over.
-pub fn validate<B: Backend>(
+/// Mean loss in nats per token over validation batches (`limit` 0: the whole split), and the tokens it is over; in the precision of
+/// `device`.
+pub fn validate<B: Backend, C: Backend<Wide = B::Wide>>(
+    device: C,
     config: &Config,
     model: &Model<B>,
     params: &Params<B>,
     corpus: &Corpus,
     limit: usize,
 ) -> (f64, u64) {
-    let batches = corpus.validation_batches(config.batch, config.context, limit);
-    let (sum, tokens) = sum_of_losses(model, params, batches);
+    let mut batches = corpus.validation_batches(config.batch, config.context, limit);
+    let (sum, tokens) = losses_on(device)(model, params, &mut batches);
     (sum / tokens as f64, tokens)
 }
 
-/// The sum over all tokens, and their number.
-fn sum_of_losses<B: Backend>(
-    model: &Model<B>,
-    params: &Params<B>,
-    batches: impl Iterator<Item = Batch>,
-) -> (f64, u64) {
-    let (mut sum, mut tokens) = (0.0, 0);
-    let leaves = model.leaves(params);
-    for b in batches {
-        let tape = Tape::new(leaves.device());
-        let w = leaves.constants_on(&tape);
-        let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows, 1.0); // [1]
-        sum += loss.item() * b.inputs.len() as f64;
-        tokens += b.inputs.len() as u64;
-    }
-    (sum, tokens)
+/// The sum of the losses of all tokens, and their number.
+type Losses<B> =
+    Box<dyn Fn(&Model<B>, &Params<B>, &mut dyn Iterator<Item = Batch>) -> (f64, u64) + Send + Sync>;
+
+/// In the precision of `device`.
+fn losses_on<B: Backend, C: Backend<Wide = B::Wide>>(device: C) -> Losses<B> {
+    Box::new(move |model, params, batches| {
+        let (mut sum, mut tokens) = (0.0, 0);
+        let leaves = model.leaves(params).cast(&device);
+        for b in batches {
+            let tape = Tape::new(&device);
+            let w = leaves.constants_on(&tape);
+            let (_, loss) = model.loss(&w, &b.inputs, &b.targets, b.rows, 1.0); // [1]
+            sum += loss.item() * b.inputs.len() as f64;
+            tokens += b.inputs.len() as u64;
+        }
+        (sum, tokens)
+    })
 }
 
 impl<B: Backend<Elem = f32>> Trainer<B> {
@@ -1162,10 +1182,7 @@ mod tests {
     #[test]
     fn validation_is_divided_too() {
         let config = divided(Method::Spectron);
-        let text = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(text.path(), (0..4000u32).map(|i| (i * i % 31) as u8).collect::<Vec<u8>>()).unwrap();
-        let tokenizer = crate::tokens::Tokenizer::Bytes;
-        let corpus = Corpus::load(&[text.path().to_owned()], &[], config.context, &tokenizer).unwrap();
+        let corpus = small_corpus(&config);
         let loss = |workers| {
             let new = |it| start_with(&Cpu::default(), it, &config);
             each(workers, new, |trainer| trainer.validate(&corpus, 5).unwrap())
@@ -1178,8 +1195,30 @@ mod tests {
         }
     }
 
+    /// In bf16 where the training is, and then off by what its steps' losses are (above).
+    #[test]
+    fn validation_has_the_precision_of_training() {
+        let Some(gpu) = gpu() else { return };
+        let reference: Value = serde_json::from_str(REFERENCE).unwrap();
+        let config = config(Method::Spectron, &reference);
+        let corpus = small_corpus(&config);
+        let exact = validate_alone(&config, &corpus);
+        let trainer = start(&gpu, &config).computing_on(gpu.with_elements::<Bf16>());
+        let off = |loss: Result<f64>| (loss.unwrap() / exact - 1.0).abs();
+        let (half, single) = (off(trainer.validate(&corpus, 5)), off(trainer.validate_exactly(&corpus, 5)));
+        println!("bf16 {half:.1e}, f32 {single:.1e}");
+        assert!(single < 1e-6 && half > 1e-6 && half < Bf16::UNIT_ROUNDOFF / 4.0, "{half:e}, {single:e}");
+    }
+
+    fn small_corpus(config: &Config) -> Corpus {
+        let text = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(text.path(), (0..4000u32).map(|i| (i * i % 31) as u8).collect::<Vec<u8>>()).unwrap();
+        let tokenizer = crate::tokens::Tokenizer::Bytes;
+        Corpus::load(&[text.path().to_owned()], &[], config.context, &tokenizer).unwrap()
+    }
+
     fn validate_alone(config: &Config, corpus: &Corpus) -> f64 {
         let trainer = start(&Cpu::<f32>::default(), config);
-        validate(config, &trainer.model, &trainer.params, corpus, 5).0
+        validate(Cpu::<f32>::default(), config, &trainer.model, &trainer.params, corpus, 5).0
     }
 }

@@ -181,6 +181,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let cpu = loss(["cpu", "--device cpu", "--device cpu"]);
     let gpu = loss(["cuda", "--device cuda", "--devices cuda"]);
     let two = loss(["two", "--devices cuda:0,cuda:1", "--device cuda:1"]);
+    run(&format!("{train} --devices cuda:0,cuda:1 --out both"));
     assert!((cpu - gpu).abs() < 1e-4, "{cpu}, on the GPU {gpu}");
     assert!((cpu - two).abs() < 1e-4, "{cpu}, on two GPUs {two}");
     // as graphs, to the bit; and where the driver captures none
@@ -189,14 +190,16 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize; // has times in it
         file[8 + header..].to_vec()
     };
-    for captures in ["1", "0"] {
-        let line = format!("{train} --device cuda --out graphs-{captures}");
+    for (plain, captures) in [("cuda", "1"), ("cuda", "0"), ("both", "1")] {
+        let device = if plain == "both" { "--devices cuda:0,cuda:1" } else { "--device cuda" };
+        let out = format!("{plain}-graphs-{captures}");
+        let line = format!("{train} {device} --out {out}");
         let mut command = desk.command(&line);
         command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
         command.env("RANKGRAD_CUDA_GRAPHS", "1").env("RANKGRAD_FAKE_CAPTURES", captures);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert!(tensors(&format!("graphs-{captures}")) == tensors("cuda"), "{captures}");
+        assert!(tensors(&out) == tensors(plain), "{out}");
     }
     // in bf16, and gone on with in it
     let train = "train --data text --config small.toml --quiet --steps 6 --precision bf16-newton-schulz --device cuda --out half";
@@ -205,6 +208,16 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let half: serde_json::Value = serde_json::from_str(&run("eval half --json")).unwrap();
     let half = half["val_loss"].as_f64().unwrap();
     assert!((half - gpu).abs() < 0.01 * gpu && half != gpu, "{gpu}, in bf16 {half}");
+    let again: serde_json::Value =
+        serde_json::from_str(&run("eval half --json --bf16 --device cuda")).unwrap();
+    let again = again["val_loss"].as_f64().unwrap();
+    assert!((again - half).abs() < 1e-3 * half && again != half, "{half}, evaluated in bf16 {again}");
+    run(
+        "train --data text --config small.toml --quiet --steps 6 --precision bf16 --devices 0,1 --out half-two",
+    );
+    let two: serde_json::Value = serde_json::from_str(&run("eval half-two --json")).unwrap();
+    let two = two["val_loss"].as_f64().unwrap();
+    assert!((two - gpu).abs() < 0.01 * gpu && two != gpu, "{gpu}, by two in bf16 {two}");
     // one's checkpoint on the other, to the same texts
     std::fs::write(desk.path("prompts"), "7\n12, 13").unwrap();
     let text = |run_of: &str, device: &str| {
