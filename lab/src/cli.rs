@@ -569,7 +569,12 @@ pub struct StudyArgs {
     /// Continue the study in this directory; nothing that is finished is run again
     #[arg(long, value_name = "DIR", help_heading = "Study")]
     pub resume: Option<PathBuf>,
-    /// Runs at a time [default: cores / --threads, and --threads is 1]
+    #[command(flatten)]
+    pub on: DeviceOption,
+    /// Run on several GPUs, a run on each: cuda:0,cuda:1 or 0,1
+    #[arg(long, value_name = "DEVICE,DEVICE", conflicts_with = "device", help_heading = "Study")]
+    pub devices: Option<Devices>,
+    /// Runs at a time [default: one on each GPU; on the processor cores / --threads, and --threads is 1]
     #[arg(long, value_name = "N", value_parser = at_least_one(), help_heading = "Study")]
     pub jobs: Option<usize>,
     /// Keep the newest --keep checkpoints of runs that are over

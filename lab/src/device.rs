@@ -1,5 +1,6 @@
 //! What there is to compute on: `devices` lists it, `--device` and `--devices` choose. And what becomes of a device that fails.
 
+use std::any::Any;
 use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
@@ -151,6 +152,7 @@ impl Watch for rankgrad::gpu::Cuda<f32> {
 }
 
 /// A device, ready to compute. [`on_device`] runs the same code on either.
+#[derive(Clone)]
 pub enum Opened {
     Cpu(Cpu<f32>),
     #[cfg(feature = "cuda")]
@@ -199,6 +201,28 @@ fn opened(device: Device) -> Result<Opened> {
     }
 }
 
+/// Opens a device for each of several runs at a time, of those that were asked for in turn; so many runs at a time (`jobs`), or one on
+/// each GPU, or as many as `on_cpu`.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_each(
+    devices: &[Device],
+    precision: Precision,
+    jobs: Option<usize>,
+    on_cpu: usize,
+) -> Result<Vec<Opened>> {
+    let first = open(devices[0], precision)?;
+    let cpu = matches!(first, Opened::Cpu(_));
+    let jobs = jobs.unwrap_or(if cpu && devices.len() == 1 { on_cpu } else { devices.len() });
+    let rest = (1..jobs).map(|job| match devices[job % devices.len()] {
+        Device::Auto if cpu => open(Device::Cpu, precision), // it has said so
+        Device::Auto => open(Device::Cuda(0), precision),
+        device => open(device, precision),
+    });
+    std::iter::once(Ok(first)).chain(rest).collect()
+}
+
 /// Whether there is a device of that number, without opening it.
 ///
 /// # Errors
@@ -242,21 +266,15 @@ pub(crate) use on_device;
 /// Those of `work`, and the device's.
 #[cfg(feature = "cuda")]
 pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
-    use rankgrad::gpu::FAILURE;
-    use std::any::Any;
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
 
-    let failed = |payload: &dyn Any| {
-        let said = payload.downcast_ref::<String>();
-        said.filter(|said| said.starts_with(FAILURE)).cloned()
-    };
     let usual = take_hook();
     set_hook(Box::new(move |panic| {
-        if failed(panic.payload()).is_none() {
+        if failure(panic.payload()).is_none() {
             usual(panic);
         }
     }));
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match failed(&*payload) {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match failure(&*payload) {
         Some(said) => Err(Error::new(said)),
         None => resume_unwind(payload),
     })
@@ -266,6 +284,19 @@ pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
 #[cfg(not(feature = "cuda"))]
 pub fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
     work()
+}
+
+/// What a device said that failed, of what a panic carries; None: it was another panic.
+#[cfg(feature = "cuda")]
+pub fn failure(panic: &dyn Any) -> Option<String> {
+    let said = panic.downcast_ref::<String>();
+    said.filter(|said| said.starts_with(rankgrad::gpu::FAILURE)).cloned()
+}
+
+/// As above.
+#[cfg(not(feature = "cuda"))]
+pub fn failure(_: &dyn Any) -> Option<String> {
+    None
 }
 
 /// `devices`: a line for the processor and one for each GPU, or why there is none.

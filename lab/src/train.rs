@@ -108,8 +108,8 @@ fn train_on<B: Backend<Elem = f32>, C: Backend<Wide = B::Wide>>(
         _ => Some(Run::create(config)?),
     };
     let run = if args.tensorboard { run.map(Run::with_tensorboard).transpose()? } else { run };
-    let mut training = Loop::new(device, together, config, (corpus, tokenizer), run, start)?;
-    training.trainer = training.trainer.computing_on(compute);
+    let training = Loop::new(device, together, config, (corpus, tokenizer), run, start)?;
+    let mut training = training.computing_on(compute);
     let quiet = args.quiet || !first;
     let mut progress = Progress::new(config.steps as u64, training.trainer.steps(), quiet);
     progress.note(&format!("data: {}", corpus.summary));
@@ -236,6 +236,11 @@ impl<'a, B: Backend<Elem = f32>> Loop<'a, B> {
             }
         };
         Ok(Loop { config, corpus, tokenizer, run, trainer, meta })
+    }
+
+    /// With forward and backward there, in that precision.
+    pub fn computing_on<C: Backend<Wide = B::Wide>>(self, device: C) -> Self {
+        Self { trainer: self.trainer.computing_on(device), ..self }
     }
 
     /// Whether some worker was interrupted, so that all stop at one step.

@@ -94,8 +94,9 @@ fn bf16_is_refused_on_the_processor() {
         error.starts_with("error: spectron-certified keeps its bound with Newton–Schulz in f32"),
         "{error}"
     );
-    let error = desk.refused("study methods --precision bf16");
-    assert!(error.contains("a study computes on the processor"), "{error}");
+    let error = desk.refused("study methods --precision bf16 --out study");
+    assert!(error.starts_with("error: precision is bf16, in which only GPUs compute"), "{error}");
+    assert!(!desk.path("study").exists());
 }
 
 #[test]
@@ -218,6 +219,30 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let two: serde_json::Value = serde_json::from_str(&run("eval half-two --json")).unwrap();
     let two = two["val_loss"].as_f64().unwrap();
     assert!((two - gpu).abs() < 0.01 * gpu && two != gpu, "{gpu}, by two in bf16 {two}");
+    // a study, on the processor, on a GPU by two runs at a time, on two GPUs
+    let study = "study methods --methods spectron --data text --config small.toml --quiet --steps 4 --grid 1 --seeds 1,2 --eval-every 0";
+    let losses = |out: &str, on: &str| -> Vec<(String, f64)> {
+        run(&format!("{study} --out {out} {on}"));
+        let text = std::fs::read_to_string(desk.path(out).join("results.csv")).unwrap();
+        let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        let header = lines.next().unwrap();
+        let column = |name: &str| header.iter().position(|h| *h == name).unwrap();
+        let (arm, seed, loss) = (column("arm"), column("seed"), column("val_loss"));
+        lines.map(|cells| (format!("{} {}", cells[arm], cells[seed]), cells[loss].parse().unwrap())).collect()
+    };
+    let on_cpu = losses("study-cpu", "");
+    assert_eq!(on_cpu.len(), 2);
+    for (out, on) in [("study-gpu", "--device cuda:1 --jobs 2"), ("study-two", "--devices 0,1")] {
+        for ((name, loss), (same, on_cpu)) in losses(out, on).into_iter().zip(&on_cpu) {
+            assert!(
+                name == *same && (loss - on_cpu).abs() < 1e-4,
+                "{out}, {name}: {loss}, {on_cpu} for {same}"
+            );
+        }
+    }
+    let half = losses("study-half", "--device cuda --precision bf16");
+    assert!(half.iter().zip(&on_cpu).all(|(half, one)| (half.1 - one.1).abs() < 0.01 * one.1), "{half:?}");
+    assert!(half.iter().zip(&on_cpu).all(|(half, one)| half.1 != one.1), "{half:?}");
     // one's checkpoint on the other, to the same texts
     std::fs::write(desk.path("prompts"), "7\n12, 13").unwrap();
     let text = |run_of: &str, device: &str| {
@@ -252,6 +277,12 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         said.contains(" GiB asked for after ") && said.contains("smaller --batch or --context"),
         "{said}"
     );
+    let mut command = desk.command(&format!("{study} --out study-failed --devices 0,1"));
+    command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+    let output = command.env("RANKGRAD_FAKE_FAILS", "attention_dq_1_f32").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.starts_with("error: run "), "{said}");
+    assert!(said.contains(": GPU cuda:") && said.lines().count() == 1, "{said}");
     let said = fails("RANKGRAD_FAKE_FAILS", "attention_dq_1_f32");
     assert!(said.starts_with("error: GPU cuda:0: attention_dq_1: ") && said.lines().count() == 1, "{said}");
     assert!(said.contains(" in the backward of attention (lab/src/model.rs:"), "{said}");

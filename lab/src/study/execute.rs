@@ -1,4 +1,5 @@
-//! The runs of a study, several at a time, in this process: each in its own directory and thread pool, on one shared corpus.
+//! The runs of a study, several at a time, in this process: each in its own directory and thread pool, on its own device or part of
+//! one, and on one shared corpus.
 //!
 //! A worker asks the arms for the next run that is wanted, runs it, reads its outcome back and has the tables rewritten. A
 //! run that diverges is an outcome; any other error, and Ctrl-C, makes all running ones save a checkpoint and end.
@@ -17,11 +18,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rankgrad::parallel::Alone;
-use rankgrad::tensor::Cpu;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Config;
 use crate::data::Corpus;
+use crate::device::{Opened, failure, on_device};
 use crate::error::{Error, Result, cannot};
 use crate::progress::{Progress, interrupt, interrupted};
 use crate::run::Run;
@@ -41,8 +42,8 @@ pub struct Study<'a> {
     pub plan: &'a Plan,
     pub corpus: &'a Corpus,
     pub tokenizer: &'a Tokenizer,
-    /// Runs at a time, and threads of each.
-    pub jobs: usize,
+    /// What each of the runs at a time computes on, and its threads.
+    pub devices: Vec<Opened>,
     pub threads: usize,
     pub keep_checkpoints: bool,
     pub quiet: bool,
@@ -89,8 +90,9 @@ impl Study<'_> {
         let mut display = Display::new(self.quiet);
         let bar = display.bar.clone();
         thread::scope(|scope| {
-            let work = || self.work(&shared, &changed, &bar);
-            let workers: Vec<_> = (0..self.jobs).map(|_| scope.spawn(work)).collect();
+            let (shared, changed, bar) = (&shared, &changed, &bar);
+            let spawn = |device| scope.spawn(move || self.work(device, shared, changed, bar));
+            let workers: Vec<_> = self.devices.iter().map(spawn).collect();
             while !workers.iter().all(|w| w.is_finished()) {
                 display.show(&shared.lock().expect("workers do not panic"), self.plan);
                 thread::sleep(TICK);
@@ -128,7 +130,7 @@ impl Study<'_> {
     }
 
     /// One run after the other, until nothing more is wanted.
-    fn work(&self, shared: &Mutex<Shared>, changed: &Condvar, bar: &ProgressBar) {
+    fn work(&self, device: &Opened, shared: &Mutex<Shared>, changed: &Condvar, bar: &ProgressBar) {
         let mut now = shared.lock().expect("workers do not panic");
         loop {
             if now.error.is_some() || interrupted() {
@@ -148,9 +150,10 @@ impl Study<'_> {
             now.running.push(Running { id: trial.id.clone(), before, trained: trained.clone() });
             drop(now);
 
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.run_one(&trial, &trained)));
-            let outcome = outcome.unwrap_or_else(|_| {
-                Err(Error::new(format!("run {} panicked; the message is above", trial.id)))
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.run_one(device, &trial, &trained)));
+            let outcome = outcome.unwrap_or_else(|payload| {
+                let why = failure(&*payload).unwrap_or("it panicked; the message is above".into());
+                Err(Error::new(format!("run {}: {why}", trial.id)))
             });
 
             now = shared.lock().expect("workers do not panic");
@@ -173,7 +176,7 @@ impl Study<'_> {
     }
 
     /// Trains to the end, from the newest checkpoint if there is one. None: Ctrl-C came first.
-    fn run_one(&self, trial: &Trial, trained: &Arc<AtomicU64>) -> Result<Option<Outcome>> {
+    fn run_one(&self, device: &Opened, trial: &Trial, trained: &Arc<AtomicU64>) -> Result<Option<Outcome>> {
         let directory = self.run_directory(trial);
         let config = Config { out: Some(directory.clone()), threads: self.threads, ..trial.config.clone() };
         let newest = if directory.exists() { checkpoint::list(&directory)?.pop() } else { None };
@@ -195,8 +198,10 @@ impl Study<'_> {
         let end = crate::pool(self.threads)?.install(|| {
             let mut progress = Progress::counting(trained.clone());
             let data = (self.corpus, self.tokenizer);
-            Loop::new(&Cpu::default(), Arc::new(Alone), &config, data, Some(run), start)?
-                .run(None, &mut progress)
+            on_device!(device.clone(), |device, compute| {
+                let run = Loop::new(&device, Arc::new(Alone), &config, data, Some(run), start)?;
+                run.computing_on(compute).run(None, &mut progress)
+            })
         })?;
         if let End::Stopped(_) = end {
             return Ok(None);

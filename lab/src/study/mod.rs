@@ -22,6 +22,7 @@ use crate::config::{
     Config, ModelOptions, Overrides, ShapeOptions, TrainingOptions, absolute, merge, name, table,
 };
 use crate::data::Corpus;
+use crate::device::{Devices, open_each};
 use crate::error::{Error, Result, cannot};
 use crate::files::{claim, write_atomically};
 use crate::progress::catch_interrupts;
@@ -86,6 +87,10 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     let plan = Plan::new(kind, &options, &base)?;
     let Config { data, val_data, context, vocab, .. } = &plan.arms[0].config;
     let corpus = Corpus::load(data, val_data, *context, &tokenizer)?.fits(*vocab)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let on_cpu = cores.checked_div(threads).unwrap_or(1).max(1); // 0 threads: all cores for one run
+    let devices = args.devices.as_ref().map_or(vec![args.on.device], |Devices(devices)| devices.clone());
+    let devices = open_each(&devices, plan.arms[0].config.precision, args.jobs, on_cpu)?;
     let settings = Settings {
         kind,
         data_sha256: corpus.sha256.clone(),
@@ -103,11 +108,10 @@ pub fn study(args: &StudyArgs) -> Result<()> {
     };
     let _claim = claim(&directory, "another rankgrad is at work on this study; wait for it, or stop it")?;
     catch_interrupts()?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let jobs = args.jobs.unwrap_or(cores.checked_div(threads).unwrap_or(1).max(1)); // 0 threads: all cores for one run
     if !args.quiet {
         eprintln!("data: {}", corpus.summary);
-        eprintln!("study: {} ({} arms, {jobs} runs at a time)", directory.display(), plan.arms.len());
+        let (arms, jobs) = (plan.arms.len(), devices.len());
+        eprintln!("study: {} ({arms} arms, {jobs} runs at a time)", directory.display());
         plan.notes.iter().for_each(|note| eprintln!("{note}"));
     }
     let frequencies = corpus.frequency_loss();
@@ -122,7 +126,7 @@ pub fn study(args: &StudyArgs) -> Result<()> {
         plan: &plan,
         corpus: &corpus,
         tokenizer: &tokenizer,
-        jobs,
+        devices,
         threads,
         keep_checkpoints: args.keep_checkpoints,
         quiet: args.quiet,

@@ -6,7 +6,7 @@
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, LrScale, Method, Overrides, Precision, Schedule, name};
+use crate::config::{Config, LrScale, Method, Overrides, Schedule, name};
 use crate::error::{Error, Result};
 use crate::flops::{parameters, step_flops};
 use crate::methods::Family;
@@ -199,9 +199,6 @@ fn only_where_they_belong(kind: Kind, o: &StudyOptions, base: &Overrides) -> Res
                 return fail(format!("--{flag} is what `study recipe` compares: leave it out"));
             }
         }
-    }
-    if model.precision.is_some_and(|precision| precision != Precision::F32) {
-        return fail("--precision bf16 is for GPUs; a study computes on the processor".into());
     }
     let flops = o.budget == Some(Budget::Flops);
     for (given, flag, fits, wants) in [
