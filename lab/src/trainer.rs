@@ -1197,7 +1197,7 @@ mod tests {
 
     /// In bf16 where the training is, and then off by what its steps' losses are (above).
     #[test]
-    fn validation_has_the_precision_of_training() {
+    fn validation_of_training_in_bf16_is_in_bf16() {
         let Some(gpu) = gpu() else { return };
         let reference: Value = serde_json::from_str(REFERENCE).unwrap();
         let config = config(Method::Spectron, &reference);
