@@ -6,7 +6,9 @@
 
 use super::momentum::factors;
 use super::{FactorPair, Radius, SpectronConfig, spectral_norm_upper_bound};
-use crate::tensor::{Backend, Element, Tensor};
+use crate::tensor::{Backend, Cpu, Element, Tensor};
+use rayon::prelude::*;
+use std::thread::{self, JoinHandle};
 
 /// Steps between fresh certificates of one factor. In between, a bound grows by at most ρ per step: at ρ = 0.01·σ, 8 % in 8.
 pub const CERTIFICATE_EVERY: u64 = 8;
@@ -14,10 +16,19 @@ pub const CERTIFICATE_EVERY: u64 = 8;
 /// The bounds of all factors, and how a step keeps within them.
 pub(super) struct Certified<B: Backend> {
     config: SpectronConfig,
-    /// ≥ σ [1], of A and of B of each pair in turn; infinite until certified.
+    /// ≥ σ [1], of A and of B of each pair in turn, as they were last saved or loaded; infinite until certified.
     bounds: Vec<Tensor<B>>,
-    /// The same on the host, so that no device is asked for them; empty where others may have written `bounds`.
+    /// Those of now; empty where they are in `bounds`.
     known: Vec<f64>,
+    /// What a step will ask for, with its number; proven on the host while a device is at what comes before that step.
+    ahead: Option<(u64, JoinHandle<Proven>)>,
+}
+
+/// Bounds of some factors, with their numbers.
+type Proven = Vec<(usize, f64)>;
+
+fn prove<B: Backend>(factors: &[(usize, Tensor<B>)]) -> Proven {
+    factors.par_iter().map(|(i, x)| (*i, spectral_norm_upper_bound(x))).collect()
 }
 
 impl<B: Backend> Certified<B> {
@@ -30,12 +41,16 @@ impl<B: Backend> Certified<B> {
         let rounding = how.rounding(B::Elem::UNIT_ROUNDOFF, 1);
         assert!(rounding <= 0.1, "spectron: certify, but rounding can move {how:?} by {rounding:e}");
         let unknown = |x: &&Tensor<B>| Tensor::full(x.device(), [1], f64::INFINITY); // [1]
-        Self { config, bounds: factors(pairs).iter().map(unknown).collect(), known: Vec::new() }
+        let bounds = factors(pairs).iter().map(unknown).collect();
+        Self { config, bounds, known: Vec::new(), ahead: None }
     }
 
     /// The bounds, to be saved or loaded.
     pub fn state(&mut self) -> &mut [Tensor<B>] {
-        self.known.clear();
+        for (bound, known) in self.bounds.iter_mut().zip(std::mem::take(&mut self.known)) {
+            *bound = Tensor::from_vec(bound.device(), [1], vec![B::Elem::of(known)]); // [1]
+        }
+        self.ahead = None; // the factors may be others soon
         &mut self.bounds
     }
 
@@ -45,12 +60,37 @@ impl<B: Backend> Certified<B> {
         if self.known.is_empty() {
             self.known = self.bounds.iter().map(Tensor::item).collect();
         }
-        for (i, x) in factors(pairs).into_iter().enumerate() {
-            if all || !self.known[i].is_finite() || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY) {
-                self.set_bound(i, spectral_norm_upper_bound(x));
-            }
+        let ahead = self.ahead.take().filter(|(step, _)| *step == t && !all);
+        let ahead = ahead.map(|(_, proof)| proof.join().expect("a proof does not panic"));
+        for (i, bound) in ahead.unwrap_or_else(|| prove(&self.due(pairs, t, all))) {
+            self.set_bound(i, bound);
         }
         self.known.clone()
+    }
+
+    /// Has what step `t` will ask for proven meanwhile, if the backend is one for which a host has to wait: the factors are now what they
+    /// will be then. On threads of rayon's own, since the caller's may all be waiting then.
+    pub fn begin(&mut self, pairs: &[FactorPair<B>], t: u64) {
+        if !B::ASYNCHRONOUS {
+            return;
+        }
+        let due = self.due(pairs, t, false).into_iter();
+        let host: Vec<_> = due.map(|(i, x)| (i, [x.rows(), x.cols()], x.to_vec())).collect();
+        let proof = move || {
+            let wide = |(i, shape, x): (usize, [usize; 2], Vec<B::Elem>)| {
+                (i, Tensor::from_vec(&Cpu::default(), shape, x.into_iter().map(Element::f64).collect())) // shape
+            };
+            prove::<Cpu<f64>>(&host.into_iter().map(wide).collect::<Vec<_>>())
+        };
+        self.ahead = Some((t, thread::spawn(proof)));
+    }
+
+    /// The factors that step `t` has certified anew.
+    fn due(&self, pairs: &[FactorPair<B>], t: u64, all: bool) -> Vec<(usize, Tensor<B>)> {
+        let due =
+            |i: usize| all || !self.known[i].is_finite() || (t + i as u64).is_multiple_of(CERTIFICATE_EVERY);
+        let factors = factors(pairs).into_iter().enumerate();
+        factors.filter(|(i, _)| due(*i)).map(|(i, x)| (i, x.clone())).collect() // like each
     }
 
     /// The radius and the factor on W by weight decay, if W may move by `eta` of which `spent` is gone.
@@ -84,11 +124,8 @@ impl<B: Backend> Certified<B> {
         })
     }
 
-    /// Stores a bound, rounded up.
+    /// Stores a bound, rounded up to what can be saved.
     fn set_bound(&mut self, i: usize, bound: f64) {
-        let device = self.bounds[i].device().clone();
-        let up = B::Elem::of(bound * (1.0 + 4.0 * B::Elem::UNIT_ROUNDOFF));
-        self.bounds[i] = Tensor::from_vec(&device, [1], vec![up]); // [1]
-        self.known[i] = up.f64();
+        self.known[i] = B::Elem::of(bound * (1.0 + 4.0 * B::Elem::UNIT_ROUNDOFF)).f64();
     }
 }

@@ -126,7 +126,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             self.estimated = Some((sigma, eta.to_vec()));
             return;
         };
-        let sigma = certified.upper_bounds(pairs, t, balance); // a device is waited for here, before its longest work
+        let sigma = certified.upper_bounds(pairs, t, balance);
         let orthogonal = orthogonalise();
         for (i, report) in self.reports.iter_mut().enumerate() {
             let (sigma_a, sigma_b) = (sigma[2 * i], sigma[2 * i + 1]);
@@ -139,6 +139,7 @@ impl<B: Backend> Rule<B, FactorPair<B>> for Spectron<B> {
             Some((-reach, o, shrink.sqrt(), x))
         });
         B::axpby(moves.collect());
+        certified.begin(pairs, t + 1);
     }
 
     fn state(&mut self) -> State<'_, B> {

@@ -255,6 +255,16 @@ fn indices_out_of_range_are_refused() {
 
 /// A model with a pair, an embedding, a gain and a head; values and gradients of every step, and the weights after the last.
 fn spectron_steps<B: Backend<Wide = B>>(device: &B, steps: usize) -> Vec<Vec<f64>> {
+    steps_of(device, steps, SpectronConfig::default(), false)
+}
+
+/// The same, by other settings; `saves`: the optimizer's state is asked for after each step.
+fn steps_of<B: Backend<Wide = B>>(
+    device: &B,
+    steps: usize,
+    config: SpectronConfig,
+    saves: bool,
+) -> Vec<Vec<f64>> {
     let (tokens, d, m, r, v) = (24, 16, 40, 6, 11);
     let mut params = Params::default();
     let embedding = params.dense("embedding", draw(device, 1, &[v, d])); // [v, d]
@@ -266,7 +276,7 @@ fn spectron_steps<B: Backend<Wide = B>>(device: &B, steps: usize) -> Vec<Vec<f64
     let head = params.dense("head", draw(device, 8, &[v, d]).scale(0.2)); // [v, d]
     let ids: Vec<u32> = (0..tokens).map(|i| (i * i + 3) % v as u32).collect();
     let targets: Vec<u32> = (0..tokens).map(|i| (5 * i + 1) % v as u32).collect();
-    let mut optimizer = Optimizer::spectron(&params);
+    let mut optimizer = Optimizer::new(Spectron::with(config, &params.values.pairs), &params);
     let mut seen = Vec::new();
     for _ in 0..steps {
         let tape = Tape::new(device);
@@ -279,6 +289,11 @@ fn spectron_steps<B: Backend<Wide = B>>(device: &B, steps: usize) -> Vec<Vec<f64
         let grads = w.gradients(loss.backward());
         seen.extend(grads.tensors().map(Tensor::to_f64));
         optimizer.step(&mut params, &grads, 0.05, 0.01);
+        let reports = optimizer.pairs.reports().into_iter();
+        seen.extend(reports.map(|report| vec![report.sigma_a, report.sigma_b, report.rho]));
+        if saves {
+            optimizer.state();
+        }
     }
     seen.extend(params.values.tensors().map(Tensor::to_f64));
     seen
@@ -293,6 +308,24 @@ fn spectron_steps_agree_with_the_cpu() {
         let (error, usual) = (distance(gpu, exact), distance(cpu, exact));
         // rounding grows from step to step, on each in its own way
         assert!(error < 10.0 * usual + 10.0 * UNIT && error < 1e-4, "{error:e}, on the CPU {usual:e}");
+    }
+}
+
+/// The bounds that a step asks for are proven on the host while the device is at what comes before it: to what they are when they are proven
+/// in the step itself, as after each checkpoint.
+#[test]
+fn certified_spectron_steps_agree_with_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    for balance_every in [0, 3] {
+        let config = SpectronConfig { certify: true, balance_every, ..SpectronConfig::default() };
+        let ahead = steps_of(&gpu, 10, config, false);
+        assert!(ahead == steps_of(&gpu, 10, config, true));
+        let exact = steps_of(&Cpu::<f64>::default(), 10, config, false);
+        let cpu = steps_of(&Cpu::<f32>::default(), 10, config, false);
+        for ((gpu, cpu), exact) in ahead.iter().zip(&cpu).zip(&exact) {
+            let (error, usual) = (distance(gpu, exact), distance(cpu, exact));
+            assert!(error < 10.0 * usual + 10.0 * UNIT && error < 1e-3, "{error:e}, on the CPU {usual:e}");
+        }
     }
 }
 
