@@ -668,18 +668,22 @@ impl<T: OnGpu> Backend for Cuda<T> {
         let (device, d) = (dy.device(), shape.cols());
         below("embedding_grad", ids, shape.rows());
         assert!(dy.len() == ids.len() * d, "embedding_grad: {} for {} rows of {d}", dy.shape(), ids.len());
-        let mut order: Vec<u32> = (0..int(ids.len())).collect();
-        order.sort_by_key(|&i| ids[i as usize]); // stable: equal ids stay in their order
-        let id = |k: usize| ids[order[k] as usize];
-        let mut starts: Vec<u32> =
-            (0..ids.len()).filter(|&k| k == 0 || id(k) != id(k - 1)).map(int).collect();
-        let occurring = starts.len();
-        starts.push(int(ids.len()));
-        let mut dtable = Tensor::zeros(device, shape); // [v, d]
-        let [ids, order, starts] = [ids, &order, &starts].map(|x| device.stage(x));
-        let args = args![dy, &ids, &order, &starts, &mut dtable, int(d)];
-        // SAFETY: (dy, ids, order, starts, dtable, d), the ids below the table's rows
-        unsafe { device.launch("embedding_grad", [occurring, d.div_ceil(32 * Self::PACK), 1], 128, args) };
+        // sorted by counting: equal ids stay in their order
+        let mut starts = vec![0; shape.rows() + 1];
+        ids.iter().for_each(|&id| starts[id as usize + 1] += 1);
+        (1..starts.len()).for_each(|id| starts[id] += starts[id - 1]);
+        let (mut next, mut order) = (starts.clone(), vec![0; ids.len()]);
+        for (i, &id) in ids.iter().enumerate() {
+            let place = &mut next[id as usize];
+            order[*place as usize] = int(i);
+            *place += 1;
+        }
+        let mut dtable = Tensor::scratch(device, shape); // [v, d]
+        let [order, starts] = [&order, &starts].map(|x| device.stage(x));
+        let args = args![dy, &order, &starts, &mut dtable, int(d)];
+        let grid = [shape.rows(), d.div_ceil(32 * Self::PACK), 1];
+        // SAFETY: (dy, order, starts, dtable, d), positions of dy's rows, as many of them as starts counts
+        unsafe { device.launch("embedding_grad", grid, 128, args) };
         dtable
     }
 

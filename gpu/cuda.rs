@@ -516,8 +516,10 @@ impl Gpu {
 
     /// The addresses of a batch on the device, first of all A, then of all B, then of all C: where, and how many bytes.
     fn table(&self, operands: &[[Address; 3]]) -> (Address, usize) {
-        let addresses: Vec<u8> =
-            (0..3).flat_map(|side| operands.iter().flat_map(move |o| o[side].to_ne_bytes())).collect();
+        let mut addresses = Vec::with_capacity(size_of_val(operands));
+        for side in 0..3 {
+            operands.iter().for_each(|operand| addresses.extend_from_slice(&operand[side].to_ne_bytes()));
+        }
         let table = self.alloc(addresses.len());
         // SAFETY: the table is as long
         unsafe { self.upload(&addresses, table) };

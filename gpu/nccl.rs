@@ -11,6 +11,7 @@ use crate::parallel::{Collective, Failed, Link, Sums};
 use crate::tensor::Tensor;
 use cudarc::driver::{CudaStream, result, sys};
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt::Display;
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// ncclUniqueId: by this the workers find each other.
@@ -165,14 +166,15 @@ impl Nccl {
     /// Until all groups are through, or somebody fails: a GPU that waits for another would wait for ever.
     fn wait(&self) -> Result<(), Failed> {
         let gpu = gpu(&self.device);
+        let failed = |why: &dyn Display| Failed(format!("cuda:{}: {why}", gpu.ordinal));
         self.with_communicator(|own| {
-            gpu.enter();
+            gpu.context.bind_to_thread().map_err(|why| failed(&why))?;
             loop {
                 // SAFETY: the stream lives as long as this
                 match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
                     sys::CUresult::CUDA_SUCCESS => return Ok(()),
                     sys::CUresult::CUDA_ERROR_NOT_READY => {}
-                    error => return Err(Failed(format!("cuda:{}: {error:?}", gpu.ordinal))),
+                    error => return Err(failed(&format!("{error:?}"))),
                 }
                 let mut state = SUCCESS;
                 // SAFETY: writes a number

@@ -711,6 +711,7 @@ fn planted_bugs_are_found() {
             "= v;\n    __syncthreads();\n    v = part[0];",
             "= v;\n    v = part[0];",
         ),
+        (In::Both, "rows of ids that do not occur are not written", "y[c] = 0.0f;", ";"),
         (
             In::Both,
             "a barrier before columns are added",

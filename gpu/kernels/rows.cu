@@ -230,11 +230,16 @@ KERNEL(layer_norm_gain)(const T* x, const float* stats, const T* dy, float* y, u
     chunk_sums<256>(term, y, n, d, chunk, x, dy);
 }
 
-// Row id of the table receives the rows of dy where that id stood. One blockIdx.x for each id that occurs: the host has sorted the
-// positions by id, and those of occurrence k are order[starts[k]] … order[starts[k + 1] − 1].
-KERNEL_FOR(128, embedding_grad)(const T* dy, const u32* ids, const u32* order, const u32* starts, T* dtable, u32 d) {
+// Row id of the table receives the rows of dy where that id stood. One blockIdx.x for each id, also those that do not occur: a graph has
+// one grid. The host has sorted the positions by id, and those of an id are order[starts[id]] … order[starts[id + 1] − 1].
+KERNEL_FOR(128, embedding_grad)(const T* dy, const u32* order, const u32* starts, T* dtable, u32 d) {
     const u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
-    T* y = dtable + (u64)ids[order[first]] * d;
+    T* y = dtable + (u64)blockIdx.x * d;
+    if (first == end) { // the whole block
+        const u32 columns = WARP * 16 / sizeof(T), begin = blockIdx.y * columns;
+        for (u32 c = begin + threadIdx.x; c < begin + columns && c < d; c += blockDim.x) y[c] = 0.0f;
+        return;
+    }
     column_sums<128>([](u64, float dy) { return dy; }, [=](u64 k) { return (u64)order[k]; }, y, blockIdx.y, first, end, d, dy);
 }
 

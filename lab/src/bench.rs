@@ -166,8 +166,8 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let (mut trainer, batches) = prepared(device, compute, config);
-    let report = round(device, &mut trainer, &batches, config, [UNTIMED, steps], profile)?;
+    let mut trainer = prepared(device, compute, config);
+    let report = round(device, &mut trainer, config, [UNTIMED, steps], profile)?;
     Ok((report, trainer.op_times.unwrap_or_default()))
 }
 
@@ -178,12 +178,12 @@ fn in_turn<B: Watch, C: Backend<Wide = B::Wide>>(
     config: &Config,
     steps: usize,
 ) -> Result<()> {
-    let (mut trainer, batches) = prepared(device, compute, config);
+    let mut trainer = prepared(device, compute, config);
     crate::say!("ready");
     let mut untimed = UNTIMED;
     for line in std::io::stdin().lines() {
         line.map_err(|e| Error::new(format!("--rounds: cannot read stdin: {e}")))?;
-        let report = round(device, &mut trainer, &batches, config, [untimed, steps], false)?;
+        let report = round(device, &mut trainer, config, [untimed, steps], false)?;
         crate::say!("{}", serde_json::to_string(&report).expect("plain values"));
         untimed = 0;
     }
@@ -193,32 +193,29 @@ fn in_turn<B: Watch, C: Backend<Wide = B::Wide>>(
 /// The steps before the first that is timed.
 const UNTIMED: usize = 2;
 
-/// A trainer, and a step's micro-batches of random tokens.
-fn prepared<B: Backend, C: Backend<Wide = B::Wide>>(
-    device: &B,
-    compute: C,
-    config: &Config,
-) -> (Trainer<B>, Vec<Batch>) {
-    let trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
+fn prepared<B: Backend, C: Backend<Wide = B::Wide>>(device: &B, compute: C, config: &Config) -> Trainer<B> {
+    Trainer::new(device, Arc::new(Alone), config).computing_on(compute)
+}
+
+/// The micro-batches of a step, random tokens: others in each step, as in training.
+fn batches(config: &Config, step: u64) -> Vec<Batch> {
     let tokens = config.batch * config.context;
-    let batches = (0..config.accumulate)
-        .map(|micro| {
-            let mut state = config.seed.wrapping_add(micro as u64); // Knuth's MMIX generator
-            let mut token = || {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (state >> 33) as u32 % config.vocab as u32
-            };
-            let inputs = (0..tokens).map(|_| token()).collect();
-            Batch { inputs, targets: (0..tokens).map(|_| token()).collect(), rows: config.batch }
-        })
-        .collect();
-    (trainer, batches)
+    let batch = |micro: u64| {
+        let of_all = step.wrapping_mul(config.accumulate as u64).wrapping_add(micro);
+        let mut state = config.seed.wrapping_add(of_all); // Knuth's MMIX generator
+        let mut token = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u32 % config.vocab as u32
+        };
+        let inputs = (0..tokens).map(|_| token()).collect();
+        Batch { inputs, targets: (0..tokens).map(|_| token()).collect(), rows: config.batch }
+    };
+    (0..config.accumulate as u64).map(batch).collect()
 }
 
 fn round<B: Watch>(
     device: &B,
     trainer: &mut Trainer<B>,
-    batches: &[Batch],
     config: &Config,
     [untimed, steps]: [usize; 2],
     profile: bool,
@@ -228,8 +225,9 @@ fn round<B: Watch>(
         if profile && !B::ASYNCHRONOUS && i == untimed {
             trainer.op_times = Some(OpTimes::new());
         }
+        let batches = batches(config, trainer.steps());
         let start = Instant::now();
-        let step = trainer.step(batches, 0.01)?; // small steps: random tokens teach nothing
+        let step = trainer.step(&batches, 0.01)?; // small steps: random tokens teach nothing
         device.sync();
         if i >= untimed {
             times.push((step, start.elapsed().as_secs_f64()));
@@ -240,7 +238,7 @@ fn round<B: Watch>(
     if profile && B::ASYNCHRONOUS {
         device.watch_kernels();
         for _ in 0..steps {
-            trainer.step(batches, 0.01)?;
+            trainer.step(&batches(config, trainer.steps()), 0.01)?;
         }
         kernels = device.kernel_times();
     }
