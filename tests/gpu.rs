@@ -563,6 +563,7 @@ fn simple_ops<E: Element, B: Backend>(device: &B) -> Vec<Vec<f64>> {
     out.extend([normed, B::cross_entropy(&x_long, &[4103; 24], 1.0).1]);
     out.extend([B::embedding(&x, &ids), B::embedding_grad([23, d].into(), &ids, &dy)]);
     out.push(B::sum_rows(&draw(device, 6, &[600, 40])));
+    out.push(Tensor::full(device, [37, 3], 0.5)); // [37, 3]
     let rope = Rope::new(&device.wide(), 40, 16, 10_000.0);
     let tape = Tape::new(device);
     out.push(tape.constant(&x).rope(&rope, 35, 5).value());
