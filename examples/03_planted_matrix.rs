@@ -78,7 +78,7 @@ fn fit(noisy: bool, method: Make, lr: f64, seed: u64) -> f64 {
     let mut pairs = [init_pair(&cpu, rng, [M, N], R, 0.02, PairInit::Spectral)]; // [m, r], [n, r]
     let mut rule = method(&pairs);
     let schedule = Schedule { kind: ScheduleKind::Linear, steps: STEPS, warmup: 0, end: 0.0 };
-    let identity = Tensor::from_fn(&cpu, [N, N], |i| if i / N == i % N { 1.0 } else { 0.0 }); // [n, n]
+    let identity = Tensor::identity(&cpu, N); // [n, n]
     for step in 0..STEPS {
         let x = if noisy { gaussian(&cpu, rng, [32, N], 1.0) } else { identity.clone() }; // [rows, n]
         let mut y = x.matmul(target.t()); // [rows, m]

@@ -7,7 +7,7 @@
 
 use super::Orthogonaliser;
 use super::quintic::{bounds, groups, odd_quintic};
-use crate::tensor::{Accum, Backend, Element, Mat, Tensor, items_per_task, same_shape};
+use crate::tensor::{Accum, Backend, Mat, Tensor, items_per_task, same_shape};
 use rayon::prelude::*;
 
 /// Coefficients (a, b, c) and number of steps of the iteration X ← aX + bXG + cXG².
@@ -106,7 +106,7 @@ fn iterate_groups<B: Backend>(batch: &[&Tensor<B>], groups: &[&[[f64; 3]]]) -> V
     let scratch = |shape: [usize; 2]| -> Vec<Tensor<B>> {
         batch.iter().map(|_| Tensor::scratch(device, shape)).collect()
     };
-    let identity = Tensor::from_fn(device, [r, r], |i| B::Elem::of(f64::from(i % (r + 1) == 0))); // [r, r]
+    let identity = Tensor::identity(device, r); // [r, r]
 
     let mut xs = B::normalised(&batch.iter().map(|&m| (m, m)).collect::<Vec<_>>()); // [p, q] each
     let mut next = scratch([p, q]); // [p, q] each

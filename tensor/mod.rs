@@ -64,6 +64,13 @@ impl<B: Backend> Tensor<B> {
         Self::full(device, shape, 0.0)
     }
 
+    /// The identity matrix [n, n].
+    pub fn identity(device: &B, n: usize) -> Self {
+        let mut values = vec![B::Elem::of(0.0); n * n];
+        values.iter_mut().step_by(n + 1).for_each(|x| *x = B::Elem::of(1.0));
+        Self::from_vec(device, [n, n], values) // [n, n]
+    }
+
     /// A tensor whose elements are unspecified, to be overwritten whole.
     pub fn scratch(device: &B, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();

@@ -138,3 +138,9 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_identity_changes_no_matrix() {
+    let x = Tensor::from_fn(&Cpu::<f32>::default(), [5, 4], |i| i as f32 + 1.0); // [5, 4]
+    assert_eq!(bits(&x.matmul(&Tensor::identity(x.device(), 4))), bits(&x));
+}
