@@ -175,7 +175,7 @@ impl Gram {
 
 /// The largest eigenvalue of the symmetric tridiagonal matrix with diagonal `a` and `b` beside it, by bisection: all are below
 /// x exactly if the LDLᵀ factorisation of T − xI has negative pivots only (Golub & Van Loan 2013, section 8.4).
-fn largest_of_tridiagonal(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn largest_of_tridiagonal(a: &[f64], b: &[f64]) -> f64 {
     let beside = |i: usize| if (1..=b.len()).contains(&i) { b[i - 1] } else { 0.0 };
     let all_below = |x: f64| {
         let mut pivot = -1.0;

@@ -8,6 +8,7 @@
 //! [`Rule::reports`]: super::Rule::reports
 
 use super::FactorPair;
+use super::certificate::largest_of_tridiagonal;
 use super::pair::to_nalgebra;
 use super::spectral::noise;
 use super::svd::svd;
@@ -138,16 +139,16 @@ fn golub_kahan(
     backward: impl Fn(&DVector<f64>) -> DVector<f64>,
 ) -> f64 {
     const STEPS: usize = 24;
-    let mut bidiagonal = DMatrix::zeros(STEPS, STEPS);
+    let (mut alphas, mut betas) = (Vec::new(), Vec::new());
     let mut v = DVector::from_fn(columns, |i, _| noise(i as u32, 0)).normalize(); // [n]
     let mut u = forward(&v); // [m]
-    for k in 0..STEPS {
+    loop {
         let alpha = u.norm();
         if !alpha.is_finite() {
             return f64::NAN;
         }
-        bidiagonal[(k, k)] = alpha;
-        if alpha == 0.0 || k + 1 == STEPS {
+        alphas.push(alpha);
+        if alpha == 0.0 || alphas.len() == STEPS {
             break;
         }
         u /= alpha;
@@ -156,9 +157,18 @@ fn golub_kahan(
         if beta == 0.0 {
             break;
         }
-        bidiagonal[(k, k + 1)] = beta;
+        betas.push(beta);
         v = next / beta; // [n]
         u = forward(&v) - u * beta; // [m]
     }
-    svd(&bidiagonal).1[0]
+    // σ² is the largest eigenvalue of the bidiagonal's XᵀX, which is tridiagonal; scaled, so that no square overflows
+    let scale = alphas.iter().chain(&betas).copied().fold(0.0, f64::max);
+    if scale == 0.0 {
+        return 0.0;
+    }
+    let above = |k: usize| if k > 0 { betas[k - 1] / scale } else { 0.0 };
+    let diagonal: Vec<f64> =
+        (0..alphas.len()).map(|k| (alphas[k] / scale).powi(2) + above(k).powi(2)).collect();
+    let beside: Vec<f64> = (0..betas.len()).map(|k| alphas[k] / scale * (betas[k] / scale)).collect();
+    largest_of_tridiagonal(&diagonal, &beside).sqrt() * scale
 }
