@@ -63,3 +63,48 @@ impl<'a, B: Backend, K> Buckets<'a, B, K> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parallel::{ThroughHost, threads};
+    use crate::tensor::Cpu;
+
+    /// What worker `k` has of tensor `i`: [i + 1].
+    fn own(k: usize, i: usize) -> Tensor<Cpu<f32>> {
+        Tensor::from_fn(&Cpu::default(), [i + 1], |j| (10 * k + i + j) as f32) // [i + 1]
+    }
+
+    #[test]
+    fn each_sum_comes_back_with_its_key() {
+        for bytes in [1, 24, usize::MAX] {
+            let worker = |k: usize, link| {
+                let collective = ThroughHost(link);
+                let mut buckets = Buckets::new(&Cpu::default(), &collective, bytes);
+                (0..7).for_each(|i| buckets.add(i, own(k, i)));
+                let mut sums = Vec::new();
+                buckets.finish(|i, sum| sums.push((i, sum.to_vec()))).map(|()| sums)
+            };
+            let all: Vec<_> = std::thread::scope(|scope| {
+                let worker = &worker;
+                let spawn = |(k, link)| scope.spawn(move || worker(k, link));
+                let running: Vec<_> = threads(3).into_iter().enumerate().map(spawn).collect();
+                running.into_iter().map(|worker| worker.join().unwrap().unwrap()).collect()
+            });
+            let sum = |i: usize| own(0, i).add(&own(1, i)).add(&own(2, i)).to_vec();
+            let right: Vec<_> = (0..7).map(|i| (i, sum(i))).collect();
+            assert!(all.iter().all(|sums| *sums == right), "{bytes}: {all:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_on_the_way_is_told_at_the_end() {
+        let [first, second] = threads(2).try_into().ok().unwrap();
+        second.fail("no more memory");
+        let collective = ThroughHost(first);
+        let mut buckets = Buckets::new(&Cpu::default(), &collective, 1);
+        (0..3).for_each(|i| buckets.add(i, own(0, i)));
+        let end = buckets.finish(|_, _| panic!("there are no sums"));
+        assert_eq!(end, Err(Failed("worker 1 failed: no more memory".into())));
+    }
+}
