@@ -45,7 +45,7 @@ pub struct Sums<'a, B: Backend> {
 
 impl<'a, B: Backend> Sums<'a, B> {
     /// Those of `tensors`, which are there when `rest` returns.
-    pub(crate) fn new(tensors: Vec<Tensor<B>>, rest: impl FnOnce() -> Result<(), Failed> + 'a) -> Self {
+    pub fn new(tensors: Vec<Tensor<B>>, rest: impl FnOnce() -> Result<(), Failed> + 'a) -> Self {
         Self { tensors, rest: Some(Box::new(rest)) }
     }
 
