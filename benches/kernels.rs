@@ -12,8 +12,8 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rankgrad::lowrank::{
-    NewtonSchulz, Orthogonaliser, Space, gaussian, newton_schulz, spectral_norm_upper_bound,
-    upper_bound_flops,
+    Accuracy, FactorPair, NewtonSchulz, Orthogonaliser, Space, gaussian, newton_schulz, pair_telemetry,
+    spectral_norm_upper_bound, upper_bound_flops,
 };
 use rankgrad::tensor::{Accum, Attention, Backend, Cpu, Mat, Shape, Tensor};
 
@@ -115,6 +115,11 @@ fn factors(c: &mut Criterion) {
             let flops = upper_bound_flops(p, d / 4) as usize;
             bench(c, "certificate", &format!("{preset} {p}×{}", d / 4), flops, || {
                 spectral_norm_upper_bound(&m)
+            });
+            let pair = FactorPair::new(draw([p, d / 4]), draw([d, d / 4])); // [p, r], [d, r]
+            let before = FactorPair::new(pair.a.scale(0.9), pair.b.clone()); // [p, r], [d, r]
+            bench(c, "telemetry", &format!("{preset} {p}×{d}"), pair.costs().parameters, || {
+                pair_telemetry(Some(&before), &pair, Accuracy::Fast)
             });
         }
     }
