@@ -55,9 +55,9 @@ def build_shim(folder: Path) -> Path:
     return library
 
 
-def build(what: list) -> Path:
-    """Compiles one target, if it is not up to date, and returns its executable."""
-    command = ["cargo", "build", "--release", "--message-format=json-render-diagnostics", *what]
+def build(what: list, how: tuple = ("build",)) -> Path:
+    """Compiles one target, if it is not up to date, and returns its executable; a test's by ("test", "--no-run")."""
+    command = ["cargo", *how, "--release", "--message-format=json-render-diagnostics", *what]
     done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"compare: exit status {done.returncode} from: {' '.join(command)}")

@@ -19,9 +19,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from time import perf_counter
 
-HERE = Path(__file__).resolve().parent
+from compare import build
+from compare_gpu import elapsed, tell
+
 TESTS = {  # of each test program, what computes on the device
     "ops": ["gpu"],
     "gpu": ["gpu", "attention", "norms", "nothing", "shared", "tensors", "spectron", "order", "round", "nccl", "newton", "rows"],
@@ -30,33 +31,20 @@ TESTS = {  # of each test program, what computes on the device
 # Shapes large enough to be of use on a GPU, beside the presets: 16 sequences of 1,024 tokens and a vocabulary of 32,768.
 CASES = {"tiny": "--preset tiny", "small": "--preset small", "mid": "--preset mid",
          "mid, 16,384 tokens": "--preset mid --vocab 32768 --context 1024 --batch 16"}
-START = perf_counter()
-
-
-def tell(message: str):
-    print(f"[{perf_counter() - START:6.1f} s] {message}", flush=True)
-
-
 def compile_all(folder: Path):
     """The programs, into `folder`, under the names that --programs asks for."""
-    def executables(*what: str) -> list[str]:
-        command = ["cargo", *what, "--release", "--features", "cuda", "--message-format=json-render-diagnostics"]
-        done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"on_gpu: exit status {done.returncode} from: {' '.join(command)}")
-        return [m["executable"] for m in map(json.loads, done.stdout.splitlines()) if m.get("executable")]
-
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(executables("build", "-p", "rankgrad-lab")[-1], folder / "rankgrad")
-    for name, what in [("ops", ["--test", "ops"]), ("gpu", ["--test", "gpu"]), ("trainer", ["-p", "rankgrad-lab", "--bin", "rankgrad"])]:
-        shutil.copy(executables("test", "--no-run", *what)[-1], folder / name)
+    test = ("test", "--no-run")
+    for name, what, how in [("rankgrad", ["-p", "rankgrad-lab"], ("build",)), ("ops", ["--test", "ops"], test), ("gpu", ["--test", "gpu"], test),
+                            ("trainer", ["-p", "rankgrad-lab", "--bin", "rankgrad"], test)]:
+        shutil.copy(build(["--features", "cuda", *what], how), folder / name)
 
 
 class Session:
     """Runs commands until the time is up, each with a log, and keeps what goes into the summary."""
 
     def __init__(self, args):
-        self.args, self.lines = args, []
+        self.args, self.lines, self.began = args, [], elapsed()  # compiling is not of the budget
         self.bad = False
 
     def say(self, line: str):
@@ -65,7 +53,7 @@ class Session:
         (self.args.out / "summary.md").write_text("\n".join(self.lines) + "\n")
 
     def left(self) -> float:
-        return self.args.budget - (perf_counter() - START)
+        return self.args.budget - (elapsed() - self.began)
 
     def run(self, name: str, command: list, graphs=False, **env: str) -> str | None:
         """What the command prints; None, and a line in the summary, if it fails or time runs out."""
@@ -100,11 +88,11 @@ def graphs_name(graphs: bool) -> str:
 def tests(session: Session, programs: Path, device: int):
     for graphs in [False, True]:
         for name, filters in TESTS.items():
-            start = perf_counter()
+            start = elapsed()
             said = session.run(f"tests {name} {graphs_name(graphs)}", [programs / name, *filters], graphs, RANKGRAD_TEST_GPU=str(device))
             if said is not None:
                 result = re.search(r"\d+ passed; \d+ failed", said)
-                session.say(f"- tests {name}, {graphs_name(graphs)}: {result[0] if result else said[-80:]}, {perf_counter() - start:.0f} s")
+                session.say(f"- tests {name}, {graphs_name(graphs)}: {result[0] if result else said[-80:]}, {elapsed() - start:.0f} s")
 
 
 def steps(session: Session, programs: Path, args):
@@ -178,8 +166,6 @@ def main():
         programs = args.out / "programs"
         compile_all(programs)
     session = Session(args)
-    global START
-    START = perf_counter()  # compiling is not of the budget
     found = session.run("devices", [programs / "rankgrad", "devices"])
     if not found or f"cuda:{args.device}: " not in found:
         sys.exit(f"on_gpu: there is no cuda:{args.device} here\n{found or ''}")
@@ -197,7 +183,7 @@ def main():
         said = session.run("racecheck", ["compute-sanitizer", "--tool", "racecheck", programs / "gpu", "attention"], RANKGRAD_TEST_GPU=str(args.device))
         if said:
             session.say(f"- racecheck: {said.strip().splitlines()[-1]}")
-    session.say(f"\n{perf_counter() - START:.0f} s in all")
+    session.say(f"\n{elapsed() - session.began:.0f} s in all")
     sys.exit(1 if session.bad else 0)
 
 

@@ -106,8 +106,7 @@ impl Nccl {
     pub fn join(device: &Cuda<f32>, link: Arc<dyn Link>) -> Result<Self, Failed> {
         let api = api()?;
         let gpu = gpu(device);
-        open_to_peers(gpu)
-            .map_err(|why| Failed(format!("cuda:{}: access of other GPUs: {why}", gpu.ordinal)))?;
+        open_to_peers(gpu).map_err(|why| failed(gpu, "access of other GPUs", &why))?;
         let mut id = UniqueId([0; 128]);
         if link.worker() == 0 {
             // SAFETY: writes 128 bytes
@@ -122,8 +121,7 @@ impl Nccl {
         // SAFETY: the GPU's context is this thread's; every worker does the same with the same id
         let made = unsafe { (api.init)(&raw mut communicator, workers, id, worker) };
         api.check(&format!("joining with cuda:{}", gpu.ordinal), made)?;
-        let stream = gpu.context.new_stream();
-        let stream = stream.map_err(|why| Failed(format!("cuda:{}: a second stream: {why}", gpu.ordinal)))?;
+        let stream = gpu.context.new_stream().map_err(|why| failed(gpu, "a second stream", &why))?;
         let communicator = Mutex::new(Some(communicator));
         let this = Self { api, device: device.clone(), link, stream, communicator };
         let ones = Tensor::full(device, [1], 1.0); // [1]
@@ -147,8 +145,7 @@ impl Nccl {
         self.with_communicator(|own| {
             let _alone = gpu.alone();
             gpu.enter();
-            let joined = self.stream.join(&gpu.stream);
-            joined.map_err(|why| Failed(format!("cuda:{}: between two streams: {why}", gpu.ordinal)))?;
+            self.stream.join(&gpu.stream).map_err(|why| failed(gpu, "between two streams", &why))?;
             let api = self.api;
             // SAFETY: takes nothing
             let mut code = unsafe { (api.begin)() };
@@ -166,15 +163,14 @@ impl Nccl {
     /// Until all groups are through, or somebody fails: a GPU that waits for another would wait for ever.
     fn wait(&self) -> Result<(), Failed> {
         let gpu = gpu(&self.device);
-        let failed = |why: &dyn Display| Failed(format!("cuda:{}: {why}", gpu.ordinal));
         self.with_communicator(|own| {
-            gpu.context.bind_to_thread().map_err(|why| failed(&why))?;
+            gpu.context.bind_to_thread().map_err(|why| failed(gpu, "waiting", &why))?;
             loop {
                 // SAFETY: the stream lives as long as this
                 match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
                     sys::CUresult::CUDA_SUCCESS => return Ok(()),
                     sys::CUresult::CUDA_ERROR_NOT_READY => {}
-                    error => return Err(failed(&format!("{error:?}"))),
+                    error => return Err(failed(gpu, "waiting", &format!("{error:?}"))),
                 }
                 let mut state = SUCCESS;
                 // SAFETY: writes a number
@@ -240,6 +236,11 @@ impl Drop for Nccl {
 /// The GPU that the backend runs on.
 fn gpu(device: &Cuda<f32>) -> &Gpu {
     Gpu::of(device.executor()).expect("NCCL is for GPUs, and this device is none")
+}
+
+/// What a GPU failed at, and what was said.
+fn failed(gpu: &Gpu, what: &str, why: &dyn Display) -> Failed {
+    Failed(format!("cuda:{}: {what}: {why}", gpu.ordinal))
 }
 
 /// Lets the other GPUs of this machine reach this one's memory: within a process NCCL copies between the tensors themselves, and

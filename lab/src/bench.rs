@@ -166,7 +166,7 @@ fn measure<B: Watch, C: Backend<Wide = B::Wide>>(
     steps: usize,
     profile: bool,
 ) -> Result<(Report, OpTimes)> {
-    let mut trainer = prepared(device, compute, config);
+    let mut trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
     let report = round(device, &mut trainer, config, [UNTIMED, steps], profile)?;
     Ok((report, trainer.op_times.unwrap_or_default()))
 }
@@ -178,7 +178,7 @@ fn in_turn<B: Watch, C: Backend<Wide = B::Wide>>(
     config: &Config,
     steps: usize,
 ) -> Result<()> {
-    let mut trainer = prepared(device, compute, config);
+    let mut trainer = Trainer::new(device, Arc::new(Alone), config).computing_on(compute);
     crate::say!("ready");
     let mut untimed = UNTIMED;
     for line in std::io::stdin().lines() {
@@ -192,10 +192,6 @@ fn in_turn<B: Watch, C: Backend<Wide = B::Wide>>(
 
 /// The steps before the first that is timed.
 const UNTIMED: usize = 2;
-
-fn prepared<B: Backend, C: Backend<Wide = B::Wide>>(device: &B, compute: C, config: &Config) -> Trainer<B> {
-    Trainer::new(device, Arc::new(Alone), config).computing_on(compute)
-}
 
 /// The micro-batches of a step, random tokens: others in each step, as in training.
 fn batches(config: &Config, step: u64) -> Vec<Batch> {

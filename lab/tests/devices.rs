@@ -153,9 +153,13 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     for name in ["libcublas.so", "libcublasLt.so", "libnvrtc.so"] {
         std::fs::hard_link(desk.path("libcuda.so"), desk.path(name)).unwrap();
     }
-    let command = |line: &str| {
+    let on_driver = |line: &str| {
         let mut command = desk.command(line);
         command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+        command
+    };
+    let command = |line: &str| {
+        let mut command = on_driver(line);
         command.env("RANKGRAD_CUDA_LIBS", desk.path("nothing")).env("PATH", "").env_remove("VIRTUAL_ENV");
         let output = command.output().unwrap();
         (output.status.success(), [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap()))
@@ -195,8 +199,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         let device = if plain == "both" { "--devices cuda:0,cuda:1" } else { "--device cuda" };
         let out = format!("{plain}-graphs-{captures}");
         let line = format!("{train} {device} --out {out}");
-        let mut command = desk.command(&line);
-        command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+        let mut command = on_driver(&line);
         command.env("RANKGRAD_CUDA_GRAPHS", "1").env("RANKGRAD_FAKE_CAPTURES", captures);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -206,18 +209,18 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     let train = "train --data text --config small.toml --quiet --steps 6 --precision bf16-newton-schulz --device cuda --out half";
     run(&format!("{train} --stop-after 3"));
     run("train --resume half --quiet --device cuda");
-    let half: serde_json::Value = serde_json::from_str(&run("eval half --json")).unwrap();
-    let half = half["val_loss"].as_f64().unwrap();
+    let evaluated = |line: &str| {
+        let json: serde_json::Value = serde_json::from_str(&run(&format!("eval {line} --json"))).unwrap();
+        json["val_loss"].as_f64().unwrap()
+    };
+    let half = evaluated("half");
     assert!((half - gpu).abs() < 0.01 * gpu && half != gpu, "{gpu}, in bf16 {half}");
-    let again: serde_json::Value =
-        serde_json::from_str(&run("eval half --json --bf16 --device cuda")).unwrap();
-    let again = again["val_loss"].as_f64().unwrap();
+    let again = evaluated("half --bf16 --device cuda");
     assert!((again - half).abs() < 1e-3 * half && again != half, "{half}, evaluated in bf16 {again}");
     run(
         "train --data text --config small.toml --quiet --steps 6 --precision bf16 --devices 0,1 --out half-two",
     );
-    let two: serde_json::Value = serde_json::from_str(&run("eval half-two --json")).unwrap();
-    let two = two["val_loss"].as_f64().unwrap();
+    let two = evaluated("half-two");
     assert!((two - gpu).abs() < 0.01 * gpu && two != gpu, "{gpu}, by two in bf16 {two}");
     // a study, on the processor, on a GPU by two runs at a time, on two GPUs
     let study = "study methods --methods spectron --data text --config small.toml --quiet --steps 4 --grid 1 --seeds 1,2 --eval-every 0";
@@ -249,9 +252,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         run(&format!("generate {run_of} --prompts prompts --tokens 24 --temperature 0 --device {device}"))
     };
     assert_eq!(text("cpu", "cuda"), text("cpu", "cpu"));
-    let evaluation: serde_json::Value =
-        serde_json::from_str(&run("eval cuda --batches 2 --json --device auto")).unwrap();
-    assert!(evaluation["val_loss"].as_f64().unwrap() > 1.0);
+    assert!(evaluated("cuda --batches 2 --device auto") > 1.0);
     assert!(
         run("bench --steps 1 --layers 1 --dim 8 --heads 1 --ffn 8 --context 4 --batch 1 --device cuda")
             .contains("tokens/s")
@@ -259,9 +260,8 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
     // a device that fails ends the command with one line
     let fails_in = |precision: &str, name: &str, value: &str| {
         let train = "train --data text --config small.toml --quiet --out failed --steps 2 --device cuda";
-        let mut command = desk.command(&format!("{train} --precision {precision}"));
-        command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path("")).env(name, value);
-        let output = command.output().unwrap();
+        let output =
+            on_driver(&format!("{train} --precision {precision}")).env(name, value).output().unwrap();
         assert!(!output.status.success(), "{name}");
         let _ = std::fs::remove_dir_all(desk.path("failed"));
         String::from_utf8(output.stderr).unwrap()
@@ -277,8 +277,7 @@ fn a_run_on_a_fake_driver_is_that_of_the_processor() {
         said.contains(" GiB asked for after ") && said.contains("smaller --batch or --context"),
         "{said}"
     );
-    let mut command = desk.command(&format!("{study} --out study-failed --devices 0,1"));
-    command.env("LD_LIBRARY_PATH", desk.path("")).env("XDG_CACHE_HOME", desk.path(""));
+    let mut command = on_driver(&format!("{study} --out study-failed --devices 0,1"));
     let output = command.env("RANKGRAD_FAKE_FAILS", "attention_dq_1_f32").output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && said.starts_with("error: run "), "{said}");
